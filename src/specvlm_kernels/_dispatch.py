@@ -1,0 +1,32 @@
+"""Which implementation serves a call: the Triton kernel or the plain torch reference.
+
+CUDA and HIP tensors always take the kernel. CPU tensors take the reference, or the kernel in Triton's
+interpreter when the process was started with ``TRITON_INTERPRET=1``. Nothing else is tried: a kernel that
+cannot run raises.
+"""
+
+import contextlib
+
+import torch
+import triton
+
+#: Read once, as Triton itself does when a kernel is decorated.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def takes_kernel(x: torch.Tensor) -> bool:
+    """True when a call on `x` runs the Triton kernel, False when it runs the reference.
+
+    Raises:
+        ValueError: `x` lies on a device that is neither CUDA (or HIP) nor CPU.
+    """
+    if x.device.type == "cuda":
+        return True
+    if x.device.type == "cpu":
+        return INTERPRETED
+    raise ValueError(f"expected a tensor on a cuda or cpu device, got {x.device}")
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the GPU that holds `x` the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
