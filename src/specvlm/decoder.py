@@ -1,0 +1,205 @@
+"""The decoding loop, and `SpecVLM`: a model that answers with a draft's help, and as it would without."""
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from specvlm.config import GenerateConfig
+from specvlm.drafts import Draft, NoDraft, load_draft
+from specvlm.pictures import open_picture
+from specvlm.state import Emitted, Limits, Sampling
+from specvlm.stats import Stats, StatsRecorder
+from specvlm.targets.base import Target, TargetSpec
+from specvlm.targets.hf import HFTarget
+
+#: Answers end here when neither the call nor the model's generation config says where.
+DEFAULT_MAX_NEW_TOKENS: Final = 256
+
+_OPTIONS = frozenset(option.name for option in fields(GenerateConfig))
+_LOADED: Any = object()
+
+
+@torch.no_grad()
+def decode(
+    target: Target, draft: Draft, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits
+) -> Iterator[Emitted]:
+    """Decodes one answer, a round at a time. What is emitted does not depend on `draft`; how soon, does.
+
+    Args:
+        target: whose answer it is.
+        draft: bound to `target`.
+        inputs: as the target's processor gives them.
+
+    Yields:
+        prefill's token, then what each round emitted.
+
+    Raises:
+        ValueError: the inputs do not fit the target; raised before any work.
+    """
+    state, prompt = target.prefill(inputs, sampling=sampling, limits=limits, taps=draft.taps)
+    with contextlib.closing(state):
+        session = draft.start(prompt, state)
+        yield state.first()
+        while not state.finished:
+            tree = session.propose(state)
+            scores = target.verify(tree, state)
+            accepted = sampling.accept(tree, scores.logits, state.kv_len)
+            yield state.commit(tree, scores, accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What `SpecVLM.generate` returns.
+
+    Attributes:
+        sequences: [1, prompt + new] int64: the prompt as it was given, then the answer, as transformers returns it.
+        tokens: the answer on the host.
+        stats: how it went.
+    """
+
+    sequences: Tensor
+    tokens: list[int]
+    stats: Stats
+
+
+class SpecVLM:
+    """A vision-language model that answers with the help of a draft, and as it would answer without.
+
+    Args:
+        model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` in memory; it stays as it
+            is, and can go on being used.
+        draft: a Draft, the name of one without weights ("ngram"), a folder or a hub id; None: none.
+        processor: the model's, for `ask` and for stop strings.
+
+    Raises:
+        ValueError: the model or the draft does not fit, naming why.
+    """
+
+    def __init__(self, model: PreTrainedModel, draft: Draft | str | Path | None = None, processor: Any = None) -> None:
+        self.processor = processor
+        self.target: Target = HFTarget(model, tokenizer=getattr(processor, "tokenizer", None))
+        self.draft = self._bound(draft)
+
+    def generate(
+        self, *, draft: Draft | str | Path | None = _LOADED, streamer: BaseStreamer | None = None, **kwargs: Any
+    ) -> Answer:
+        """Answers one prompt.
+
+        Args:
+            draft: another draft than the loaded one; None: autoregressive decoding by the same engine.
+            streamer: is fed the prompt, then tokens as they come, then told the end, as transformers does.
+            **kwargs: the processor's output as it is, and the fields of `GenerateConfig`: max_new_tokens,
+                temperature, top_k, top_p, seed, stop_strings.
+
+        Raises:
+            TypeError: a keyword that is neither.
+            ValueError: an input or an option that does not fit, before any decoding.
+        """
+        rounds, seed = self._decode(kwargs, draft)
+        recorder = StatsRecorder(seed)
+        tokens: list[int] = []
+        for emitted in rounds:
+            recorder.add(emitted)
+            if streamer is not None and not tokens:
+                streamer.put(kwargs["input_ids"].cpu())
+            tokens += emitted.tokens[0]
+            if streamer is not None:
+                streamer.put(torch.tensor(emitted.tokens[0]))
+        if streamer is not None:
+            streamer.end()
+        prompt = kwargs["input_ids"]
+        new = torch.tensor([tokens], dtype=prompt.dtype, device=prompt.device)
+        return Answer(torch.cat([prompt, new], dim=1), tokens, recorder.stats())
+
+    def stream(self, *, draft: Draft | str | Path | None = _LOADED, **kwargs: Any) -> Iterator[Emitted]:
+        """Answers one prompt, a round at a time; takes what `generate` takes, but for the streamer.
+
+        The prompt is checked and run when the first round is asked for. An iterator that is dropped half-way frees
+        what it held. The first round is prefill's token.
+        """
+        return self._decode(kwargs, draft)[0]
+
+    def ask(self, image: Any, question: str, **options: Any) -> str:
+        """Answers `question` about `image`: a picture, a picture file, or a list of them.
+
+        Args:
+            **options: what `generate` takes besides the processor's output.
+
+        Raises:
+            ValueError: no processor is there, or `image` is not a picture.
+        """
+        answer = self.generate(**self.prepare(image, question), **options)
+        return self.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+
+    def prepare(self, image: Any, question: str) -> dict[str, Tensor]:
+        """The processor's output for a question about one or several pictures, in the model's chat format."""
+        if getattr(self.processor, "chat_template", None) is None:
+            got = "none" if self.processor is None else "one without"
+            raise ValueError(f"processor: expected one with a chat template, got {got}")
+        pictures = [open_picture(one) for one in (image if isinstance(image, list | tuple) else [image])]
+        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return dict(self.processor(images=pictures, text=text, return_tensors="pt"))
+
+    def _decode(self, kwargs: dict[str, Any], draft: Draft | str | Path | None) -> tuple[Iterator[Emitted], int]:
+        """The rounds of one answer, and its seed."""
+        known = self.target.input_names | _OPTIONS
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(f"{', '.join(unknown)}: expected keywords among {', '.join(sorted(known))}")
+        inputs = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+        config = GenerateConfig(**{name: value for name, value in kwargs.items() if name in _OPTIONS})
+        bound = self.draft if draft is _LOADED else self._bound(draft)
+        seed = secrets.randbits(63) if config.seed is None else config.seed
+        sampling = Sampling.of(config, seed, batch=1, device=self.target.spec.device)
+        limits = _limits(config, self.target.spec, _prompt_length(inputs))
+        return decode(self.target, bound, inputs, sampling=sampling, limits=limits), seed
+
+    def _bound(self, draft: Draft | str | Path | None) -> Draft:
+        if draft is None:
+            return NoDraft()
+        found = load_draft(draft) if isinstance(draft, str | Path) else draft
+        if not isinstance(found, Draft):
+            raise TypeError(f"draft: expected a Draft, a name, a folder or None, got {type(draft).__name__}")
+        found.bind(self.target)
+        return found
+
+
+def _prompt_length(inputs: Mapping[str, Any]) -> int:
+    """Tokens of the prompt without padding; 0 for ids that prefill will refuse."""
+    counted = inputs.get("attention_mask", inputs.get("input_ids"))
+    if not isinstance(counted, Tensor):
+        return 0
+    return int(counted.sum()) if counted is inputs.get("attention_mask") else counted.numel()
+
+
+def _limits(config: GenerateConfig, spec: TargetSpec, prompt_length: int) -> Limits:
+    """Where an answer ends: what the call says, else the model's generation config, else 256 tokens or the context."""
+    limit = config.max_new_tokens or spec.max_new_tokens
+    if limit is None and spec.max_length is not None:
+        limit = max(1, spec.max_length - prompt_length)
+    if limit is None:
+        limit = max(1, min(DEFAULT_MAX_NEW_TOKENS, spec.context - prompt_length))
+    return Limits(limit, spec.eos_ids, _stop_check(config.stop_strings, spec.tokenizer))
+
+
+def _stop_check(strings: tuple[str, ...] | None, tokenizer: Any) -> Any:
+    """Whether a sequence's last token completes a stop string, as transformers decides it."""
+    if strings is None:
+        return None
+    if tokenizer is None:
+        raise ValueError("stop_strings: expected a model loaded with its processor, got none")
+    criteria = StopStringCriteria(tokenizer, list(strings))
+    tail = criteria.maximum_token_len
+
+    def completes_stop(tokens: Sequence[int]) -> bool:
+        return bool(criteria(torch.tensor([tokens[-tail:]]), None)[0])
+
+    return completes_stop

@@ -1,0 +1,95 @@
+"""What the decoding loop asks of a target, and what a target tells of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specvlm.state import DecodeState, Limits, Sampling, Scores
+from specvlm.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """Sizes and ids of a target.
+
+    Attributes:
+        hidden_size: width H of embeddings and features.
+        vocab_size: rows of the output head V; every token id is below it.
+        num_layers, num_heads, num_kv_heads, head_dim: the language model's attention.
+        context: the most positions, prompt and answer together.
+        eos_ids: ids that end an answer.
+        media_ids: image and video placeholder ids, which no draft may propose.
+        max_new_tokens: what the model's generation config says; None: nothing.
+        max_length: likewise, prompt included.
+        tokenizer: None when the model came without its processor.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context: int
+    eos_ids: frozenset[int]
+    media_ids: frozenset[int]
+    max_new_tokens: int | None
+    max_length: int | None
+    dtype: torch.dtype
+    device: torch.device
+    tokenizer: Any | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prefilled prompt, as a draft sees it.
+
+    Attributes:
+        input_ids: [B, T] int64, image tokens expanded, padding taken out.
+        positions: [B, T] int32.
+        embeds: [B, T, H]; rows of image tokens hold the projector's output.
+        image_mask: [B, T] bool.
+        features: [B, T, F], what the draft's taps asked for.
+        vision: the vision tower's output as transformers gives it; None without a picture.
+        inputs: what the processor gave.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    embeds: Tensor
+    image_mask: Tensor
+    features: Tensor
+    vision: Any | None
+    inputs: Mapping[str, Any]
+
+
+class Target(Protocol):
+    """The frozen model whose answer is wanted."""
+
+    spec: TargetSpec
+    input_names: frozenset[str]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., H] of token ids."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of post-final-norm hidden states [..., H]."""
+        ...
+
+    def prefill(
+        self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None
+    ) -> tuple[DecodeState, Prompt]:
+        """Checks the inputs, runs the prompt, draws the first token at position T - 1.
+
+        Raises:
+            ValueError: what is wrong with the inputs, before any work.
+        """
+        ...
+
+    def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
+        """One forward of the tree. KV of node i goes to slot kv_len + i; kv_len stays."""
+        ...

@@ -1,0 +1,208 @@
+"""A Hugging Face vision-language model as a target: its own modeling code, our attention, our KV slab."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from specvlm.state import DecodeState, Limits, Sampling, Scores, SlabPool, Step, capacity
+from specvlm.targets.base import Prompt, TargetSpec
+from specvlm.targets.hf_attention import AttentionStep, our_attention, refuse_unsupported, slab_cache
+from specvlm.tree import DraftTree
+from specvlm_kernels import pack_ancestors
+
+FAMILIES = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
+
+
+class HFTarget:
+    """A LLaVA-1.5 or LLaVA-NeXT from transformers, with any Llama-, Mistral- or Qwen2-like language model.
+
+    Args:
+        model: in memory, on its device, in its dtype.
+        tokenizer: for stop strings; None: there is none.
+
+    Raises:
+        ValueError: the model needs what our attention lacks, by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
+        if not isinstance(model, FAMILIES):
+            names = " or ".join(family.__name__ for family in FAMILIES)
+            raise ValueError(f"target: expected a {names}, got {type(model).__name__}")
+        self.model = model.eval()
+        self.spec = spec = _spec(model, tokenizer)
+        refuse_unsupported(model.config.text_config, spec.head_dim)
+        self.input_names = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes"})
+        self._language = model.model.language_model
+        self._pool = SlabPool(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
+        self._probe()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., H] of token ids."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of post-final-norm hidden states [..., H]."""
+        return self.model.lm_head(hidden)
+
+    def prefill(
+        self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None
+    ) -> tuple[DecodeState, Prompt]:
+        """Checks the inputs, runs the prompt through the model, draws the first token."""
+        input_ids = self._checked_ids(inputs, limits.max_new_tokens)
+        batch, length = input_ids.shape
+        slab = self._pool.borrow(batch, capacity(length + limits.max_new_tokens))
+        try:
+            embeds, image_mask, vision = self._merge(input_ids, inputs)
+            positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
+            kv_len = torch.zeros(batch, dtype=torch.int32, device=input_ids.device)
+            hidden, features = self._forward(embeds, positions, slab, AttentionStep(kv_len, None), taps)
+            first = sampling.draw(self.head(hidden[:, -1:]), positions[:, -1:])
+            step = Step(first, features[:, -1:], torch.ones_like(kv_len))
+            state = DecodeState(slab, kv_len + length, sampling, limits, step, taps, input_ids.tolist(), self._pool)
+        except BaseException:
+            self._pool.give_back(slab)
+            raise
+        return state, Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs)
+
+    def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
+        """One forward of the tree; KV of node i goes to slot kv_len + i."""
+        positions = (state.kv_len[:, None] + tree.depths).clamp(max=self.spec.context - 1)
+        step = AttentionStep(state.kv_len, pack_ancestors(tree.parents))
+        hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
+        return Scores(self.head(hidden), features)
+
+    def _forward(
+        self, embeds: Tensor, positions: Tensor, slab: Tensor, step: AttentionStep, taps: tuple[int, ...] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Post-final-norm hidden states, and the features that `taps` ask for."""
+        with our_attention(self._language.config):
+            out = self._language(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                past_key_values=slab_cache(slab, step.kv_len),
+                use_cache=True,
+                output_hidden_states=taps is not None,
+                step=step,
+            )
+        hidden = out.last_hidden_state
+        return hidden, hidden if taps is None else torch.cat([out.hidden_states[tap] for tap in taps], dim=-1)
+
+    def _checked_ids(self, inputs: Mapping[str, Any], max_new_tokens: int) -> Tensor:
+        """The prompt's ids [1, T] without padding, when everything about the inputs fits."""
+        input_ids = _single_prompt(inputs)
+        spec = self.spec
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= spec.vocab_size:
+            raise ValueError(f"input_ids: expected ids in [0, {spec.vocab_size}), got {low if low < 0 else high}")
+        length = input_ids.shape[1]
+        if length > spec.context:
+            raise ValueError(f"input_ids: expected at most the context of {spec.context} tokens, got {length}")
+        if length + max_new_tokens > spec.context:
+            raise ValueError(
+                f"max_new_tokens: expected at most {spec.context - length}, what a prompt of {length} tokens leaves "
+                f"of the context of {spec.context}, got {max_new_tokens}"
+            )
+        image_tokens = int((input_ids == self.model.config.image_token_id).sum())
+        pixels = inputs.get("pixel_values")
+        if image_tokens and pixels is None:
+            raise ValueError(f"pixel_values: expected a picture for the prompt's {image_tokens} image tokens, got none")
+        if pixels is not None:
+            if not image_tokens:
+                raise ValueError("input_ids: expected image tokens for the picture in pixel_values, got none")
+            _check_pixels(pixels, inputs.get("image_sizes"), self.model.config)
+        return input_ids.to(spec.device)
+
+    def _merge(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any | None]:
+        """Embeddings with the picture's in their places, which places those are, and the tower's output."""
+        embeds = self.embed(input_ids)
+        if inputs.get("pixel_values") is None:
+            return embeds, torch.zeros_like(input_ids, dtype=torch.bool), None
+        given = (name for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None)
+        pictures = {name: inputs[name].to(self.spec.device) for name in given}
+        pictures["pixel_values"] = pictures["pixel_values"].to(self.spec.dtype)
+        vision = self.model.model.get_image_features(**pictures, return_dict=True)
+        rows = torch.cat(tuple(vision.pooler_output)).to(embeds.dtype)
+        image_mask = input_ids == self.model.config.image_token_id
+        if int(image_mask.sum()) != len(rows):
+            raise ValueError(
+                f"input_ids: expected {len(rows)} image tokens for the pictures given, got {int(image_mask.sum())}"
+            )
+        return embeds.masked_scatter(image_mask[..., None], rows), image_mask, vision
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Two tokens through the model, so that what our attention lacks is refused now and not in an answer."""
+        slab = self._pool.borrow(1, capacity(2))
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.spec.device)
+            kv_len = torch.zeros(1, dtype=torch.int32, device=self.spec.device)
+            positions = torch.arange(2, dtype=torch.int32, device=self.spec.device)[None]
+            self._forward(self.embed(ids), positions, slab, AttentionStep(kv_len, None), None)
+        finally:
+            self._pool.give_back(slab)
+
+
+def _single_prompt(inputs: Mapping[str, Any]) -> Tensor:
+    """input_ids [1, T] with the padding that attention_mask marks taken out."""
+    input_ids = inputs.get("input_ids")
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        got = (
+            f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise ValueError(f"input_ids: expected an int64 tensor [1, T], got {got}")
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids: expected one prompt, got {input_ids.shape[0]}: call once a prompt")
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(mask.shape)}")
+        input_ids = input_ids[mask.bool()][None]
+    if not input_ids.shape[1]:
+        raise ValueError("input_ids: expected at least one token, got none")
+    return input_ids
+
+
+def _check_pixels(pixels: Any, image_sizes: Any, config: Any) -> None:
+    """Checks that `pixels` hold pictures of the vision tower's size."""
+    side = config.vision_config.image_size
+    needs_sizes = isinstance(config, LlavaNextConfig)
+    leading = "[images, patches," if needs_sizes else "[images,"
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"pixel_values: expected a float tensor {leading} 3, {side}, {side}], got {got}")
+    if pixels.ndim != (5 if needs_sizes else 4) or tuple(pixels.shape[-3:]) != (3, side, side):
+        raise ValueError(f"pixel_values: expected shape {leading} 3, {side}, {side}], got {list(pixels.shape)}")
+    if needs_sizes and (not isinstance(image_sizes, Tensor) or tuple(image_sizes.shape) != (len(pixels), 2)):
+        got = list(image_sizes.shape) if isinstance(image_sizes, Tensor) else type(image_sizes).__name__
+        raise ValueError(f"image_sizes: expected a tensor [{len(pixels)}, 2] of heights and widths, got {got}")
+
+
+def _spec(model: PreTrainedModel, tokenizer: Any | None) -> TargetSpec:
+    text, generation = model.config.text_config, model.generation_config
+    eos = generation.eos_token_id
+    media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    embedding = model.get_input_embeddings().weight
+    return TargetSpec(
+        hidden_size=text.hidden_size,
+        vocab_size=model.lm_head.out_features,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        context=text.max_position_embeddings,
+        eos_ids=frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+        media_ids=frozenset(id_ for id_ in media if id_ is not None),
+        max_new_tokens=generation.max_new_tokens,
+        max_length=generation.max_length,
+        dtype=embedding.dtype,
+        device=embedding.device,
+        tokenizer=tokenizer,
+    )

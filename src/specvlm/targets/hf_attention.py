@@ -1,0 +1,150 @@
+"""How transformers' modeling code reaches our attention and our KV slab: its own two registries, nothing patched.
+
+A forward carries its `AttentionStep` as a keyword, which transformers hands to the attention of every layer; the
+cache it is given writes into the slab and returns the whole of it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from specvlm_kernels import tree_attention, write_kv
+
+ATTENTION = "specvlm"
+
+#: The head sizes that the attention kernel serves, from and to.
+HEAD_DIMS = (32, 128)
+
+#: What a modeling file may hand to its attention without changing the result that ours computes.
+_HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_attentions"})
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """What our attention needs besides q, k and v.
+
+    Attributes:
+        kv_len: [B] int32 slots filled before this forward.
+        ancestors: [B, N, W] packed bits of a tree; None: a prompt, causal, into an empty slab.
+    """
+
+    kv_len: Tensor
+    ancestors: Tensor | None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    step: AttentionStep | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: q [B, Hq, T, D], and the slab's k and v [B, Hkv, S, D] -> [B, T, Hq, D]."""
+    unknown = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
+    if unknown:
+        raise ValueError(f"{type(module).__name__}: our attention lacks {', '.join(unknown)}, which this model needs")
+    if step is None:
+        raise ValueError(f"{ATTENTION} attention: expected a forward by specvlm, got one without its step")
+    if attention_mask is not None or dropout:
+        raise ValueError(f"{ATTENTION} attention: expected no mask and no dropout, got a forward with them")
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(f"sliding_window: expected at least the slab's {key.shape[2]} slots, got {sliding_window}")
+    if step.ancestors is not None:
+        return tree_attention(query.transpose(1, 2), key, value, step.kv_len, step.ancestors, scale=scaling), None
+    length = query.shape[2]
+    out = nn.functional.scaled_dot_product_attention(
+        query,
+        key[:, :, :length],
+        value[:, :, :length],
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _SlabLayer(CacheLayerMixin):
+    """One layer's part of a slab, as transformers' cache: new tokens go to slots kv_len and on."""
+
+    def __init__(self, slab: Tensor, kv_len: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = slab[0], slab[1]
+        self._kv_len = kv_len
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        write_kv(self.keys, self.values, key_states, value_states, self._kv_len)
+        return self.keys, self.values
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the slab is there."""
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("a slab's length stays on the device; a forward is given its positions")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("our attention needs no mask")
+
+
+def slab_cache(slab: Tensor, kv_len: Tensor) -> Cache:
+    """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes at slots `kv_len` [B] and on."""
+    return Cache(layers=[_SlabLayer(layer, kv_len) for layer in slab])
+
+
+@contextlib.contextmanager
+def our_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Switches a language model to our attention for one forward, so that it stays the user's own in between."""
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def refuse_unsupported(text: PreTrainedConfig, head_dim: int) -> None:
+    """Refuses a language model whose attention ours cannot compute.
+
+    Raises:
+        ValueError: naming the setting, what was expected and what came.
+    """
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        raise ValueError(f"head_dim: expected {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {head_dim} in {text.model_type}")
+    for name in ("attn_logit_softcapping", "attention_sink", "attention_chunk_size"):
+        if getattr(text, name, None) is not None:
+            raise ValueError(f"{name}: expected none, got {getattr(text, name)} in {text.model_type}")
+    if text.model_type == "gpt_oss":
+        raise ValueError("attention sinks: expected none, got a gpt_oss language model, which has them")
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if window is not None and window < text.max_position_embeddings:
+        raise ValueError(
+            f"sliding_window: expected none, or at least the context of {text.max_position_embeddings}, "
+            f"got {window} in {text.model_type}"
+        )
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if other:
+        raise ValueError(f"layer_types: expected full attention in every layer, got {', '.join(other)}")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in {"dynamic", "longrope"}:
+        raise ValueError(
+            f"rope_type: expected one whose rotations do not depend on the length so far, got {rope!r}: "
+            "a draft's reach would change the answer"
+        )

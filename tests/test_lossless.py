@@ -1,0 +1,101 @@
+"""The answer with a draft is the answer without one, token for token, and Hugging Face's when greedy."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specvlm import SpecVLM
+from specvlm.drafts import Draft, NGramDraft
+from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
+
+TOKENS = 72
+#: family, language model, key-value heads, pictures
+MODELS = [
+    ("llava", "llama", 4, 1),
+    ("llava", "qwen2", 2, 2),
+    ("llava_next", "mistral", 2, 1),
+    ("llava_next", "llama", 1, 2),
+]
+SAMPLING = [
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"temperature": 1.0},
+    {"temperature": 1.5},
+    {"temperature": 0.3, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.5, "top_k": 40, "top_p": 0.9},
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda params: "-".join(map(str, params)))
+def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    family, language, kv_heads, images = request.param
+    model = tiny_llava(family, language, num_key_value_heads=kv_heads)
+    return model, prompt_for(model, images)
+
+
+def drafts(answer: list[int]) -> dict[str, Draft]:
+    """Every kind of draft, some of which know the `answer`."""
+    return {
+        "ngram": NGramDraft(shortest=1),
+        "knows": ScriptedDraft(answer, depth=5),
+        "knows, branching": ScriptedDraft(answer, depth=5, decoys=2),
+        "lies": ScriptedDraft(answer, depth=4, lies=True, decoys=1),
+        "a long chain": ScriptedDraft(answer, depth=31),
+    }
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+def test_every_draft_gives_the_answer_of_autoregressive_decoding(case, sampling):
+    model, prompt = case
+    specvlm = SpecVLM(model)
+    options = prompt | sampling | {"seed": 11}
+    longer = specvlm.generate(**options, max_new_tokens=TOKENS + 40).tokens
+    for name, draft in drafts(longer).items():
+        answer = specvlm.generate(**options, max_new_tokens=TOKENS, draft=draft)
+        assert answer.tokens == longer[:TOKENS], name
+
+
+def test_greedy_answers_are_those_of_transformers(case):
+    model, prompt = case
+    expected = model.generate(**prompt, do_sample=False, max_new_tokens=TOKENS)
+    specvlm = SpecVLM(model)
+    assert torch.equal(specvlm.generate(**prompt, max_new_tokens=TOKENS).sequences, expected)
+    known = expected[0, prompt["input_ids"].shape[1] :].tolist()
+    for name, draft in drafts(known + [5] * 40).items():
+        answer = specvlm.generate(**prompt, max_new_tokens=TOKENS, draft=draft)
+        assert torch.equal(answer.sequences, expected), name
+    again = model.generate(**prompt, do_sample=False, max_new_tokens=TOKENS)
+    assert torch.equal(again, expected), "wrapping changed the user's model"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_draft_that_knows_makes_tau_depth_plus_one_and_the_one_that_lies_one(case, temperature):
+    model, prompt = case
+    specvlm = SpecVLM(model)
+    options = prompt | {"temperature": temperature, "max_new_tokens": 64}
+    longer = specvlm.generate(**options | {"max_new_tokens": 80}).tokens
+    knows = specvlm.generate(**options, draft=ScriptedDraft(longer, depth=6, decoys=1)).stats
+    assert knows.tau == 7
+    assert knows.accepted_histogram == (0, 0, 0, 0, 0, 0, 9)
+    lies = specvlm.generate(**options, draft=ScriptedDraft(longer, depth=6, lies=True)).stats
+    assert lies.tau == 1
+    assert lies.from_draft == 0
+
+
+def test_answers_of_the_random_models_are_not_trivial(case):
+    model, prompt = case
+    tokens = SpecVLM(model).generate(**prompt, max_new_tokens=TOKENS).tokens
+    assert len(set(tokens)) > TOKENS // 3
+
+
+def test_seeds_change_a_sampled_answer_and_repeat_it(case):
+    model, prompt = case
+    specvlm = SpecVLM(model)
+    options = prompt | {"temperature": 1.0, "max_new_tokens": 32}
+    first, other, again = (specvlm.generate(**options, seed=seed).tokens for seed in (1, 2, 1))
+    assert first == again
+    assert first != other
+    drawn = specvlm.generate(**options, seed=None)
+    assert specvlm.generate(**options, seed=drawn.stats.seed).tokens == drawn.tokens
