@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# Tests run several at a time, and tiny models gain nothing from a second thread.
+torch.set_num_threads(1)
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

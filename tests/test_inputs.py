@@ -1,0 +1,276 @@
+"""Bad input is refused before any decoding, by an error that names what was expected and what came."""
+
+import pytest
+import torch
+
+from specvlm import SpecVLM, load
+from specvlm.config import GenerateConfig
+from specvlm.drafts import NGramDraft
+from specvlm.state import SlabPool
+from specvlm.targets.hf import HFTarget
+from tests.fakes import VOCAB, picture, prompt_for, tiny_llava, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def specvlm() -> SpecVLM:
+    return SpecVLM(tiny_llava(), processor=tiny_processor())
+
+
+@pytest.fixture(scope="module")
+def prompt(specvlm):
+    return prompt_for(specvlm.target.model)
+
+
+@pytest.fixture(autouse=True)
+def no_forward(specvlm, monkeypatch):
+    """Fails a test whose bad input reached the language model."""
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the language model ran")
+
+    monkeypatch.setattr(specvlm.target, "_forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": -0.5}, ValueError, r"temperature: expected a finite number >= 0, got -0.5"),
+        ({"temperature": float("nan")}, ValueError, r"temperature: expected a finite number >= 0, got nan"),
+        ({"temperature": float("inf")}, ValueError, r"temperature: .* got inf"),
+        ({"temperature": "hot"}, TypeError, r"temperature: expected a number, got 'hot'"),
+        ({"top_p": 0.0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, ValueError, r"top_p: .* got 1.5"),
+        ({"top_p": float("nan")}, ValueError, r"top_p: .* got nan"),
+        ({"top_k": -1}, ValueError, r"top_k: expected an integer >= 0, got -1"),
+        ({"top_k": 2.5}, TypeError, r"top_k: expected an integer, got 2.5"),
+        ({"max_new_tokens": 0}, ValueError, r"max_new_tokens: expected an integer >= 1, got 0"),
+        ({"max_new_tokens": True}, TypeError, r"max_new_tokens: expected an integer, got True"),
+        ({"seed": 2**64}, ValueError, r"seed: expected an integer from .* got 18446744073709551616"),
+        ({"stop_strings": []}, ValueError, r"stop_strings: expected one or more strings .* got \[\]"),
+        ({"stop_strings": ["a", ""]}, ValueError, r"stop_strings: .* got \['a', ''\]"),
+        ({"num_beams": 4}, TypeError, r"num_beams: expected keywords among attention_mask, .*temperature"),
+        ({"draft": "eagel-3000/x/y"}, ValueError, r"draft: expected 'ngram'.* got 'eagel-3000/x/y'"),
+        ({"draft": 7}, TypeError, r"draft: expected a Draft, a name, a folder or None, got int"),
+        ({"max_new_tokens": 600}, ValueError, r"max_new_tokens: expected at most 4\d\d, .* context of 512, got 600"),
+    ],
+    ids=str,
+)
+def test_options(specvlm, prompt, options, error, message):
+    with pytest.raises(error, match=message):
+        specvlm.generate(**prompt, **options)
+
+
+def long_prompt(prompt):
+    ids = torch.cat([prompt["input_ids"], torch.full((1, 512), 7)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: {"pixel_values": None},
+            r"pixel_values: expected a picture for the prompt's 16 image tokens, got none",
+        ),
+        (
+            lambda p: {"input_ids": torch.full_like(p["input_ids"], 9)},
+            r"input_ids: expected image tokens for the picture",
+        ),
+        (lambda p: {"input_ids": p["input_ids"] - 5}, r"input_ids: expected ids in \[0, 320\), got -\d"),
+        (lambda p: {"input_ids": p["input_ids"] + VOCAB}, r"input_ids: expected ids in \[0, 320\), got \d+"),
+        (
+            lambda p: {"input_ids": p["input_ids"].int()},
+            r"input_ids: expected an int64 tensor \[1, T\], got torch.int32",
+        ),
+        (
+            lambda p: {"input_ids": p["input_ids"][0]},
+            r"input_ids: expected an int64 tensor \[1, T\], got torch.int64 \[",
+        ),
+        (lambda p: {"input_ids": p["input_ids"].tolist()}, r"input_ids: expected an int64 tensor \[1, T\], got list"),
+        (lambda p: {k: v.repeat(2, 1) for k, v in p.items() if v.ndim == 2}, r"input_ids: expected one prompt, got 2"),
+        (lambda p: {"attention_mask": p["attention_mask"][:, 1:]}, r"attention_mask: expected shape \[1, \d+\], got"),
+        (lambda p: {"attention_mask": p["attention_mask"] * 0}, r"input_ids: expected at least one token, got none"),
+        (
+            lambda p: {"pixel_values": p["pixel_values"][..., 1:]},
+            r"pixel_values: expected shape .*32, 32\], got .* 31\]",
+        ),
+        (
+            lambda p: {"pixel_values": p["pixel_values"].long()},
+            r"pixel_values: expected a float tensor .* got torch.int64",
+        ),
+        (
+            lambda p: {"pixel_values": p["pixel_values"].repeat(2, 1, 1, 1)},
+            r"input_ids: expected 32 image tokens .* got 16",
+        ),
+        (long_prompt, r"input_ids: expected at most the context of 512 tokens, got 5\d\d"),
+    ],
+)
+def test_prompts(specvlm, prompt, change, message):
+    with pytest.raises(ValueError, match=message):
+        specvlm.generate(**prompt | change(prompt))
+
+
+def test_a_missing_prompt(specvlm):
+    with pytest.raises(ValueError, match=r"input_ids: expected an int64 tensor \[1, T\], got NoneType"):
+        specvlm.generate(max_new_tokens=4)
+
+
+def test_a_refused_prompt_keeps_no_slab(specvlm, prompt):
+    before = sum(map(len, specvlm.target._pool._free.values()))
+    with pytest.raises(ValueError, match="image tokens"):
+        specvlm.generate(**prompt | {"pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1)})
+    assert sum(map(len, specvlm.target._pool._free.values())) >= before
+
+
+def test_more_kv_than_there_is_memory():
+    pool = SlabPool(layers=32, kv_heads=32, head_dim=128, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"KV cache: expected at most \d+\.\d\d GiB, .* got 1000\.00 GiB for 1 x 1024000"
+    ):
+        pool.borrow(1, 1024 * 1000)
+
+
+def test_image_sizes_of_the_next_family():
+    specvlm = SpecVLM(tiny_llava("llava_next"))
+    prompt = prompt_for(specvlm.target.model)
+    with pytest.raises(
+        ValueError, match=r"image_sizes: expected a tensor \[1, 2\] of heights and widths, got NoneType"
+    ):
+        specvlm.generate(**prompt | {"image_sizes": None})
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("no/such/file.png", r"image: expected a picture file, got 'no/such/file.png': .*No such file"),
+        (__file__, r"image: expected a picture file, got .*test_inputs.py': cannot identify"),
+        (17, r"image: expected a PIL image or a path, got int"),
+    ],
+)
+def test_pictures(specvlm, image, message):
+    with pytest.raises(ValueError, match=message):
+        specvlm.ask(image, "what is it")
+
+
+def test_half_a_picture(specvlm, tmp_path):
+    whole = tmp_path / "whole.png"
+    picture().save(whole)
+    half = tmp_path / "half.png"
+    half.write_bytes(whole.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"image: expected a picture file, got .*half.png"):
+        specvlm.ask(half, "what is it")
+
+
+def test_asking_and_stop_strings_need_a_processor():
+    specvlm = SpecVLM(tiny_llava())
+    with pytest.raises(ValueError, match="processor: expected one with a chat template, got none"):
+        specvlm.ask(picture(), "what is it")
+    with pytest.raises(ValueError, match="stop_strings: expected a model loaded with its processor, got none"):
+        specvlm.generate(**prompt_for(specvlm.target.model), stop_strings=["."])
+
+
+@pytest.mark.parametrize(
+    ("language", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 128}, r"sliding_window: expected none, or at least the context of 512, got 128"),
+        ("llama", {"head_dim": 16}, r"head_dim: expected 32 to 128, got 16 in llama"),
+        ("llama", {"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping: expected none, got 30.0 in llama"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_type: expected one whose rotations .* got 'dynamic'",
+        ),
+    ],
+)
+def test_language_models_that_our_attention_cannot_serve(language, changes, message):
+    with pytest.raises(ValueError, match=message):
+        HFTarget(tiny_llava(language=language, **changes))
+
+
+def test_targets_of_another_family():
+    with pytest.raises(ValueError, match=r"target: expected a LlavaFor.* or LlavaNextFor.*, got LlamaModel"):
+        SpecVLM(tiny_llava().model.language_model)
+
+
+def test_attention_refuses_keywords_that_it_does_not_know():
+    target = HFTarget(tiny_llava())
+    from specvlm.targets.hf_attention import _attention
+
+    q = torch.zeros(1, 4, 1, 32)
+    with pytest.raises(ValueError, match="our attention lacks s_aux, which this model needs"):
+        _attention(target.model, q, q, q, None, scaling=1.0, s_aux=torch.zeros(4))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_llava().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_model_loads_and_answers(saved, specvlm):
+    loaded = load(saved, draft="ngram")
+    assert loaded.ask(picture(), "what is it", max_new_tokens=8) is not None
+
+
+def test_a_truncated_checkpoint(saved, tmp_path):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (saved / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"target: expected whole safetensors files in .*, got"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_with_a_tensor_missing(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(saved / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("o_proj.weight"))]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"target: expected every tensor in .*missing_keys.*o_proj.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"target": "no/such/folder/at/all"},
+            r"target: expected a model folder or hub id, got 'no/such/folder/at/all'",
+        ),
+        ({"dtype": "float8"}, r"dtype: expected float32, float16, bfloat16, got 'float8'"),
+    ],
+)
+def test_loading(saved, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(**{"target": saved} | arguments)
+
+
+def test_a_folder_that_is_no_draft(saved, specvlm, tmp_path):
+    with pytest.raises(ValueError, match=r"draft_type: expected .*, got None in .*config.json"):
+        load(saved, draft=saved)
+    with pytest.raises(ValueError, match=r"draft: expected .*config.json to be a JSON object with a draft_type"):
+        load(saved, draft=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shortest": 0}, "shortest: expected an integer >= 1, got 0"),
+        ({"longest": 1}, "longest: expected an integer >= 2, got 1"),
+        ({"depth": 128}, "depth: expected an integer from 1 to 127, got 128"),
+        ({"nodes": 129}, "nodes: expected an integer from 2 to 128, got 129"),
+    ],
+)
+def test_ngram_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NGramDraft(**settings)
+
+
+def test_configs_refuse_unknown_fields():
+    with pytest.raises(TypeError, match="top_q"):
+        GenerateConfig(top_q=1)
