@@ -4,7 +4,8 @@ Shape, dtype and device are checked on every device. Values are looked at on CPU
 cost a synchronisation, and the kernels clamp what they address by.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,12 +32,16 @@ def check_tensor(
     """
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.ndim == len(shape) and all(
-        not isinstance(want, int) or want == got for want, got in zip(shape, x.shape, strict=True)
-    )
+    # Plain loops and few objects: a decoder comes through here in every layer.
+    got = x.shape
+    fits = len(got) == len(shape)
+    if fits:
+        for want, size in zip(shape, got, strict=True):
+            if want != size and isinstance(want, int):
+                fits = False
     if not fits:
         wanted = ", ".join("*" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
     if x.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -48,5 +53,74 @@ def check_tensor(
 
 def check_range(name: str, x: torch.Tensor, low: int, high: int) -> None:
     """Checks low <= x < high for every element of a CPU tensor; a GPU tensor passes unread."""
-    if x.device.type == "cpu" and x.numel() and (int(x.min()) < low or int(x.max()) >= high):
-        raise ValueError(f"{name}: expected values in [{low}, {high}), got [{int(x.min())}, {int(x.max())}]")
+    if x.is_cpu and x.numel():
+        least, most = (int(bound) for bound in x.aminmax())
+        if least < low or most >= high:
+            raise ValueError(f"{name}: expected values in [{low}, {high}), got [{least}, {most}]")
+
+
+def check_rows_contiguous(name: str, x: torch.Tensor) -> None:
+    """Checks that neighbours on the last axis are neighbours in memory; the other strides are free."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name}: expected a contiguous last axis, got strides {list(x.stride())}")
+
+
+def check_parents(parents: torch.Tensor) -> None:
+    """Checks -1 <= parents[b, i] < i on a CPU tensor [B, N]; a GPU tensor passes unread."""
+    if parents.is_cpu:
+        bad = (parents >= torch.arange(parents.shape[1], dtype=torch.int32)) | (parents < -1)
+        if bad.any():
+            i_b, i = bad.nonzero()[0].tolist()
+            raise ValueError(f"parents: expected parents[b, i] in [-1, i), got parents[{i_b}, {i}] = {parents[i_b, i]}")
+
+
+def check_setting(
+    name: str,
+    x: object,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    expected: str,
+    fits: Callable[[float], bool],
+) -> None:
+    """Checks a sampling setting: a number, or a [batch] tensor on `device`, whose values all satisfy `fits`.
+
+    Args:
+        expected: what `fits` asks for, in words, for the message.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(x, torch.Tensor):
+        check_tensor(name, x, (batch,), dtype, device)
+        values = x.tolist() if x.device.type == "cpu" else []
+    elif isinstance(x, (int, float)):
+        values = [x]
+    else:
+        raise ValueError(f"{name}: expected a number or a [{batch}] tensor, got {type(x).__name__}")
+    for value in values:
+        if not fits(value):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_sampling(
+    temperature: object, top_k: object, top_p: object, seed: object, batch: int, device: torch.device
+) -> None:
+    """Checks the settings of a draw, each a number or a [batch] tensor, and the seeds.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_setting(
+        "temperature", temperature, batch, device, torch.float32, "a finite number >= 0", lambda t: 0 <= t < math.inf
+    )
+    integers = (torch.int64, torch.int32)
+    check_setting("top_k", top_k, batch, device, integers, "a whole number >= 0", lambda k: k >= 0 and k % 1 == 0)
+    check_setting("top_p", top_p, batch, device, torch.float32, "a number in (0, 1]", lambda p: 0 < p <= 1)
+    if seed is not None:
+        check_tensor("seed", seed, (batch,), torch.int64, device)
+    elif isinstance(temperature, torch.Tensor):
+        if temperature.device.type != "cpu" or bool((temperature > 0).any()):
+            raise ValueError(f"seed: expected a [{batch}] int64 tensor where temperature may be above 0, got None")
+    elif isinstance(temperature, (int, float)) and temperature > 0:
+        raise ValueError(f"seed: expected a [{batch}] int64 tensor where temperature may be above 0, got None")

@@ -1,0 +1,21 @@
+"""Kernels for speculative decoding of vision-language models, usable on their own.
+
+Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU tensors, where it runs the plain torch of
+`specvlm_kernels.reference`. None of them waits for the device.
+"""
+
+from .acceptance import Accepted, accept, draw
+from .drafting import draft_topk
+from .kv_cache import compact_kv, write_kv
+from .tree_attention import pack_ancestors, tree_attention
+
+__all__ = [
+    "Accepted",
+    "accept",
+    "compact_kv",
+    "draft_topk",
+    "draw",
+    "pack_ancestors",
+    "tree_attention",
+    "write_kv",
+]

@@ -1,0 +1,20 @@
+"""The ops of `specvlm_kernels`, with the same names and signatures, in plain torch.
+
+What the kernels are tested against, and what serves on CPU. Computes in max(input dtype, fp32). Arguments are not checked.
+"""
+
+from .acceptance import Accepted, accept, draw
+from .drafting import draft_topk
+from .kv_cache import compact_kv, write_kv
+from .tree_attention import pack_ancestors, tree_attention
+
+__all__ = [
+    "Accepted",
+    "accept",
+    "compact_kv",
+    "draft_topk",
+    "draw",
+    "pack_ancestors",
+    "tree_attention",
+    "write_kv",
+]

@@ -1,0 +1,123 @@
+"""Seeded draws at every node of a tree and the walk down it, in plain torch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .noise import race_noise
+
+#: A token's probability mass is counted in integer units of this part of the most likely token's.
+MASS_UNIT = 2.0**-40
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The path that a target's own draws follow down a draft tree.
+
+    Attributes:
+        path: [B, N] int32, the accepted nodes from the root's child down, root excluded, padded with -1.
+        length: [B] int32, how many nodes `path` holds.
+        next_token: [B] int64, the draw after the last accepted node: the bonus token.
+    """
+
+    path: torch.Tensor
+    length: torch.Tensor
+    next_token: torch.Tensor
+
+
+def draw(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 0.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Plain torch twin of `specvlm_kernels.draw`."""
+    z = perturbed(logits, positions, temperature, top_k, top_p, seed)
+    return z.argmax(dim=-1)
+
+
+def accept(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 0.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+    seed: torch.Tensor | None = None,
+) -> Accepted:
+    """Plain torch twin of `specvlm_kernels.accept`."""
+    drawn = draw(logits, positions, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    nodes = tokens.shape[1]
+    paths, lengths, next_tokens = [], [], []
+    for draws, proposed, above in zip(drawn.tolist(), tokens.tolist(), parents.tolist(), strict=True):
+        path: list[int] = []
+        node = 0
+        for i in range(1, nodes):  # parents[i] < i, so one pass in order finds the whole path
+            if above[i] == node and proposed[i] == draws[node]:
+                path.append(i)
+                node = i
+        paths.append(path + [-1] * (nodes - len(path)))
+        lengths.append(len(path))
+        next_tokens.append(draws[node])
+    device = logits.device
+    return Accepted(
+        torch.tensor(paths, dtype=torch.int32, device=device).view(-1, nodes),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.tensor(next_tokens, dtype=torch.int64, device=device),
+    )
+
+
+def perturbed(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float | torch.Tensor,
+    top_k: int | torch.Tensor,
+    top_p: float | torch.Tensor,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
+    """w + g: logits after temperature, top-k and top-p, plus noise; -inf where NaN or filtered out.
+
+    Returns:
+        [B, N, V] in max(logits' dtype, fp32).
+    """
+    w = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    w = torch.where(w.isnan(), -torch.inf, w)
+    if seed is None or (not isinstance(temperature, torch.Tensor) and temperature == 0):
+        return w
+    t = _per_row(temperature, torch.float32, w)
+    w = w / torch.where(t > 0, t, 1)
+    w = _filtered(w, top_k, top_p)
+    g = race_noise(positions.long() + 1, seed, w.shape[-1])
+    return w + torch.where(t > 0, g, 0)
+
+
+def _filtered(w: torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:
+    """Top-k, then top-p: -inf for all but the tokens with less than the limit strictly above them.
+
+    What lies above is counted in tokens for top-k; for top-p in probability, of the tokens that top-k left.
+    """
+    if not isinstance(top_k, torch.Tensor) and top_k == 0 and not isinstance(top_p, torch.Tensor) and top_p == 1:
+        return w
+    ordered = w.sort(dim=-1, descending=True).values
+    k = _per_row(top_k, torch.int64, w)
+    last = torch.where(k > 0, k, w.shape[-1]).clamp(max=w.shape[-1]) - 1
+    border = ordered.gather(-1, last.expand(*w.shape[:-1], 1))
+
+    p = _per_row(top_p, torch.float32, w).double()
+    weight = torch.where(ordered == ordered[..., :1], 1, torch.exp(ordered - ordered[..., :1]))
+    mass = torch.where(ordered >= border, (weight / MASS_UNIT).long(), 0)  # integers: no order of summing matters
+    running = mass.cumsum(dim=-1)
+    stays = ((running - mass).double() < p * running[..., -1:].double()) & (ordered >= border)
+    nucleus = ordered.gather(-1, stays.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+    border = torch.where(p < 1, nucleus, border)
+    return torch.where(w >= border, w, -torch.inf)
+
+
+def _per_row(setting: float | torch.Tensor, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A number or a [B] tensor as [B or 1, 1, 1]."""
+    return torch.as_tensor(setting, dtype=dtype, device=like.device).view(-1, 1, 1)

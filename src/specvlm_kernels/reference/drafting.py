@@ -1,0 +1,28 @@
+"""The draft's best children under the target's noise, in plain torch."""
+
+import torch
+
+from .acceptance import perturbed
+
+
+def draft_topk(
+    logits: torch.Tensor,
+    k: int,
+    positions: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 0.0,
+    seed: torch.Tensor | None = None,
+    exclude: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch twin of `specvlm_kernels.draft_topk`."""
+    if exclude is not None:
+        logits = logits.index_fill(-1, exclude, -torch.inf)
+    z = perturbed(logits, positions, temperature, 0, 1.0, seed)
+    values, tokens = z.sort(dim=-1, descending=True, stable=True)  # stable: ties to the lowest id
+    best = values[..., :1]
+    sharpness = torch.as_tensor(temperature, dtype=z.dtype, device=z.device).clamp(min=1).view(-1, 1, 1)
+    centred = torch.where(values == best, 0, values - best) * sharpness  # best may be infinite
+    values, tokens = values[..., :k], tokens[..., :k]
+    scores = centred[..., :k] - centred.exp().sum(dim=-1, keepdim=True).log()
+    empty = values == -torch.inf
+    return tokens.masked_fill(empty, 0), scores.masked_fill(empty, -torch.inf).float()

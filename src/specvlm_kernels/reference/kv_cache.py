@@ -1,0 +1,28 @@
+"""Cache writes and compaction in plain torch."""
+
+import torch
+
+
+def write_kv(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_len: torch.Tensor
+) -> None:
+    """k, v [B, Hkv, T, D] -> slots kv_len + i of the [B, Hkv, S, D] slabs; see `specvlm_kernels`."""
+    capacity = k_cache.shape[2]
+    for i_b, start in enumerate(kv_len.tolist()):
+        fits = min(k.shape[2], capacity - start)
+        k_cache[i_b].narrow(1, start, fits).copy_(k[i_b, :, :fits])
+        v_cache[i_b].narrow(1, start, fits).copy_(v[i_b, :, :fits])
+
+
+def compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, length: torch.Tensor) -> None:
+    """Slot kv_len + path[i] of the [L, 2, B, Hkv, S, D] cache -> slot kv_len + 1 + i; see `specvlm_kernels`."""
+    capacity = cache.shape[4]
+    for i_b, (start, nodes, count) in enumerate(zip(kv_len.tolist(), path.tolist(), length.tolist(), strict=True)):
+        moves = [
+            (start + node, start + 1 + i)
+            for i, node in enumerate(nodes[:count])
+            if node > i + 1 and start + node < capacity
+        ]
+        if moves:
+            source, target = torch.tensor(moves, device=cache.device).unbind(1)
+            cache[:, :, i_b, :, target] = cache[:, :, i_b, :, source]

@@ -1,0 +1,252 @@
+"""Compiles the kernels for GPUs that are not there, through the launchers that serve real ones.
+
+A launcher gets meta tensors of a model's shapes, on a driver that names an architecture and launches nothing. So the
+signature, the constants and what Triton specialises on are the launcher's own, and cannot drift from it. What comes
+back is the binary, whose registers, spills and shared memory are read here.
+
+    python -m tests.kernels.aot [FILE]      prints, or writes, the table of all cases on all architectures
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.drafting import launch_draft_topk
+from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
+from specvlm_kernels.noise import launch_noise
+from specvlm_kernels.tree_attention import default_config, launch_pack_ancestors, launch_tree_attention
+
+ARCHITECTURES = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+#: Bytes of shared memory (LDS) that one block may have.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model the kernels see."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    layers: int
+    vocab: int
+    head_dim: int = 128
+
+
+MODELS = (
+    Shape("LLaVA-1.5-7B", 32, 32, 32, 32064),
+    Shape("LLaVA-1.5-13B", 40, 40, 40, 32064),
+    Shape("GQA 32/8", 32, 8, 32, 128256),
+)
+CAPACITY, NODES = 1024, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A launch to compile: one family of kernels at one model's shapes."""
+
+    name: str
+    launch: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one binary takes of a multiprocessor."""
+
+    kernel: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory; Triton sees an aligned pointer."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_cases(model: Shape) -> Iterator[Case]:
+    q = meta(1, NODES, model.heads, model.head_dim)
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
+    kv_len, words = meta(1, dtype=torch.int32), meta(1, NODES, 1, dtype=torch.int64)
+    config = default_config(CAPACITY, model.kv_heads, model.head_dim, q.dtype)
+    scale = model.head_dim**-0.5
+    yield Case(
+        f"tree_attention {model.name}",
+        lambda: launch_tree_attention(q, slab[0, 0], slab[0, 1], kv_len, words, scale, config),
+    )
+
+
+def cache_cases(model: Shape) -> Iterator[Case]:
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
+    new = meta(1, NODES, model.kv_heads, model.head_dim).transpose(1, 2)
+    kv_len, path = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    yield Case(f"write_kv {model.name}", lambda: launch_write_kv(slab[0, 0], slab[0, 1], new, new, kv_len))
+    yield Case(f"compact_kv {model.name}", lambda: launch_compact_kv(slab, kv_len, path, kv_len))
+
+
+def draw_cases(model: Shape) -> Iterator[Case]:
+    logits = meta(1, NODES, model.vocab)
+    tokens, positions = meta(1, NODES, dtype=torch.int64), meta(1, NODES, dtype=torch.int32)
+    settings = {
+        "greedy": (0.0, 0, 1.0, None),
+        "sampled": (1.0, 0, 1.0, meta(1, dtype=torch.int64)),
+        "filtered": (
+            meta(1, dtype=torch.float32),
+            meta(1, dtype=torch.int64),
+            meta(1, dtype=torch.float32),
+            meta(1, dtype=torch.int64),
+        ),
+    }
+    for name, (temperature, top_k, top_p, seed) in settings.items():
+
+        def keys(temperature: Any = temperature, top_k: Any = top_k, top_p: Any = top_p, seed: Any = seed) -> Any:
+            return launch_keys(logits, positions, temperature, top_k, top_p, seed)
+
+        yield Case(f"draw {name} {model.name}", lambda keys=keys: launch_merge(keys()))
+    yield Case(f"accept {model.name}", lambda: launch_walk(keys(), tokens, positions))
+
+
+def draft_cases(model: Shape) -> Iterator[Case]:
+    logits, positions, seed = meta(1, 8, model.vocab), meta(1, 8, dtype=torch.int32), meta(1, dtype=torch.int64)
+    exclude = meta(1, dtype=torch.int64)
+    yield Case(f"draft_topk greedy {model.name}", lambda: launch_draft_topk(logits, 8, positions, 0.0, None, exclude))
+    yield Case(f"draft_topk sampled {model.name}", lambda: launch_draft_topk(logits, 8, positions, 1.0, seed, exclude))
+
+
+def shared_cases() -> Iterator[Case]:
+    """What sees nothing of a model."""
+    parents, seed = meta(1, NODES, dtype=torch.int32), meta(1, dtype=torch.int64)
+    yield Case("pack_ancestors", lambda: launch_pack_ancestors(parents))
+    for name, dtype in (("race_noise", torch.float32), ("philox_integers", torch.int64)):
+        out = meta(1, NODES, 32064, dtype=dtype)
+        yield Case(name, lambda out=out: launch_noise(parents, seed, out, 0, 0))
+
+
+#: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
+FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
+
+
+def cases() -> list[Case]:
+    """Every kernel of the package at every model's shapes."""
+    return [case for model in MODELS for family in FAMILIES for case in family(model)] + list(shared_cases())
+
+
+class _OfflineDriver:
+    """Stands where Triton's driver does: names the target, has nothing to launch on."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return ARCHITECTURES[self.architecture]
+
+    def get_current_device(self) -> str:
+        return self.architecture  # the key of a kernel's cache of binaries
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(architecture: str) -> Iterator[list[Any]]:
+    """Within it a launch compiles for `architecture` and appends the binary to the list that it yields."""
+    binaries: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binaries.append(run(self, *args, grid=grid, warmup=True, **options))
+        return binaries[-1]
+
+    driver.set_active(_OfflineDriver(architecture))
+    JITFunction.run = compile_only
+    try:
+        yield binaries
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def compile_case(case: Case, architecture: str) -> list[Usage]:
+    """Compiles all kernels that a launch starts and reads what they use."""
+    with compiling(architecture) as binaries:
+        case.launch()
+    return [_amd_usage(binary) if architecture.startswith("gfx") else _nvidia_usage(binary) for binary in binaries]
+
+
+def _nvidia_usage(binary: Any) -> Usage:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [tools / "nvdisasm", "-c", file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    stack = numbers["STACK"] + numbers["LOCAL"]
+    return Usage(binary.metadata.name, numbers["REG"], spills, stack, binary.metadata.shared)
+
+
+def _amd_usage(binary: Any) -> Usage:
+    said = binary.asm["amdgcn"]
+    numbers = {name: int(number) for name, number in re.findall(r"\.(\w+): +(\d+)\n", said)}
+    registers = numbers["vgpr_count"]
+    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    stack = numbers["private_segment_fixed_size"]
+    return Usage(binary.metadata.name, registers, spills, stack, binary.metadata.shared)
+
+
+def table(architectures: list[str]) -> str:
+    """A Markdown table with a line a binary."""
+    lines = [
+        "| case | kernel | architecture | registers | spills | stack bytes | shared bytes |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for case in cases():
+        for architecture in architectures:
+            lines += [
+                f"| {case.name} | `{use.kernel}` | {architecture} | {use.registers} | {use.spills} | {use.stack} "
+                f"| {use.shared} |"
+                for use in compile_case(case, architecture)
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Prints the table, or writes it to the file named on the command line."""
+    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    text = (
+        "# Kernels compiled ahead of time\n\n"
+        f"bf16, slab of {CAPACITY} slots, {NODES} nodes, batch 1; {versions}. Compiled without a GPU: resources, not speed.\n"
+        "Spills: NVIDIA, local-memory instructions in the binary; AMD, spilled vector and scalar registers.\n\n"
+        + table(list(ARCHITECTURES))
+    )
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
