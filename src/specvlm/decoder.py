@@ -84,8 +84,17 @@ class SpecVLM:
     """
 
     def __init__(self, model: PreTrainedModel, draft: Draft | str | Path | None = None, processor: Any = None) -> None:
-        self.processor = processor
-        self.target: Target = HFTarget(model, tokenizer=getattr(processor, "tokenizer", None))
+        self._set(HFTarget(model, tokenizer=getattr(processor, "tokenizer", None)), draft, processor)
+
+    @classmethod
+    def from_target(cls, target: Target, draft: Draft | str | Path | None = None, processor: Any = None) -> "SpecVLM":
+        """The same over any target."""
+        made = cls.__new__(cls)
+        made._set(target, draft, processor)
+        return made
+
+    def _set(self, target: Target, draft: Draft | str | Path | None, processor: Any) -> None:
+        self.target, self.processor = target, processor
         self.draft = self._bound(draft)
 
     def generate(
@@ -139,7 +148,7 @@ class SpecVLM:
         answer = self.generate(**self.prepare(image, question), **options)
         return self.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
 
-    def prepare(self, image: Any, question: str) -> dict[str, Tensor]:
+    def prepare(self, image: Any, question: str) -> dict[str, Any]:
         """The processor's output for a question about one or several pictures, in the model's chat format."""
         if getattr(self.processor, "chat_template", None) is None:
             got = "none" if self.processor is None else "one without"
@@ -174,10 +183,10 @@ class SpecVLM:
 
 def _prompt_length(inputs: Mapping[str, Any]) -> int:
     """Tokens of the prompt without padding; 0 for ids that prefill will refuse."""
-    counted = inputs.get("attention_mask", inputs.get("input_ids"))
-    if not isinstance(counted, Tensor):
-        return 0
-    return int(counted.sum()) if counted is inputs.get("attention_mask") else counted.numel()
+    input_ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    return input_ids.numel() if isinstance(input_ids, Tensor) else 0
 
 
 def _limits(config: GenerateConfig, spec: TargetSpec, prompt_length: int) -> Limits:

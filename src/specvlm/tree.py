@@ -1,10 +1,13 @@
-"""The draft tree, and the buckets its size is rounded up to."""
+"""The draft tree, the buckets its size is rounded up to, and how it grows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from specvlm.checks import check_int
 
 #: Sizes a tree may have, so that a graph is captured once a size.
 BUCKETS = (1, 8, 16, 32, 64, 128)
@@ -82,3 +85,167 @@ def tree_from_lists(
         ),
         max_depth=max(depths),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shape of a round's tree, fixed on the host before it grows.
+
+    Attributes:
+        nodes: the most nodes, root included.
+        depth: the deepest node, which is the draft's forwards a round.
+        width: nodes expanded a level, and children proposed for each.
+    """
+
+    nodes: int
+    depth: int
+    width: int
+
+    def __post_init__(self) -> None:
+        check_int("nodes", self.nodes, low=1, high=BUCKETS[-1])
+        check_int("depth", self.depth, low=1, high=BUCKETS[-1])
+        check_int("width", self.width, low=1, high=BUCKETS[-1])
+        if (self.depth - 1) * self.width > BUCKETS[-1]:
+            raise ValueError(
+                f"width: expected (depth - 1) * width of at most {BUCKETS[-1]}, got {self.depth - 1} * {self.width}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Every node that a draft has thought of in a round, in the order of their depth, root excluded.
+
+    Attributes:
+        root: [B] int64.
+        tokens: [B, C] int64.
+        parents: [B, C] int64 index of the parent among the candidates; -1 for the root's children.
+        scores: [B, C] fp32 cumulative log-probability, never above the parent's; -inf: no node.
+        depths: [C] int32, at least 1.
+    """
+
+    root: Tensor
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+    depths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """A level's nodes that the draft is to expand.
+
+    Attributes:
+        tokens: [B, k] int64.
+        parent_rows: [B, k] int64: which row of the draft's last output is their parent's.
+        ancestors: [B, k, W] packed bits over the tree's slots in the draft's KV, `k` slots a level.
+    """
+
+    tokens: Tensor
+    parent_rows: Tensor
+    ancestors: Tensor
+
+
+class Growth:
+    """A tree that grows as EAGLE-2 grows it: the best `width` nodes of a level get `width` children each.
+
+    Everything stays on the device. Source: EAGLE-2 (Li et al., 2024), section 4.1.
+
+    Args:
+        root: [B] int64.
+        plan: its depth and width.
+    """
+
+    def __init__(self, root: Tensor, plan: Plan) -> None:
+        self._root, self._plan = root, plan
+        batch = root.shape[0]
+        words = -(-(plan.depth - 1) * plan.width // 64)
+        self._above = root.new_zeros(batch, 1, max(words, 1))
+        self._scores = torch.zeros(batch, 1, dtype=torch.float32, device=root.device)
+        self._index = root.new_full((batch, 1), -1)
+        self._levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._count = 0
+
+    def expand(self, tokens: Tensor, scores: Tensor) -> None:
+        """Adds a level: children [B, R, k] of the R nodes of the last beam (of the root, at first).
+
+        Args:
+            tokens: int64.
+            scores: fp32 log-probabilities given the parent, at most 0; -inf: no child.
+        """
+        cumulative = self._scores[..., None] + scores
+        parents = self._index[..., None].expand_as(tokens)
+        self._levels.append((tokens.flatten(1), parents.flatten(1), cumulative.flatten(1)))
+
+    def beam(self) -> Beam:
+        """The best nodes of the last level, ties to the first; they are what `expand` adds children to next."""
+        tokens, _, scores = self._levels[-1]
+        width, level = self._plan.width, len(self._levels) - 1
+        siblings = tokens.shape[1] // self._scores.shape[1]
+        best, order = scores.sort(dim=1, descending=True, stable=True)
+        order = order[:, :width]
+        parent_rows = order // siblings
+        above = self._above.gather(1, parent_rows[..., None].expand(-1, -1, self._above.shape[-1]))
+        self._above = above | _own_bits(level * width, width, self._above.shape[-1], tokens.device)[None]
+        self._scores = best[:, :width]
+        self._index = self._count + order
+        self._count += tokens.shape[1]
+        return Beam(tokens.gather(1, order), parent_rows, self._above)
+
+    def candidates(self) -> Candidates:
+        """All nodes of all levels."""
+        tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*self._levels, strict=True))
+        sizes = [level[0].shape[1] for level in self._levels]
+        depths = _level_depths(tuple(sizes), tokens.device)
+        return Candidates(self._root, tokens, parents, scores, depths)
+
+
+@lru_cache(maxsize=64)
+def _own_bits(first_slot: int, count: int, words: int, device: torch.device) -> Tensor:
+    """[count, words] int64: row i has the bit of slot first_slot + i, bit 63 being the sign."""
+    bits = torch.zeros(count, words, dtype=torch.int64)
+    for row in range(count):
+        word, bit = divmod(first_slot + row, 64)
+        bits[row, word] = 1 << bit if bit < 63 else -(2**63)
+    return bits.to(device)
+
+
+@lru_cache(maxsize=64)
+def _level_depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[sum(sizes)] int32: 1 for the first level's nodes, and so on."""
+    return torch.repeat_interleave(torch.arange(1, len(sizes) + 1, dtype=torch.int32), torch.tensor(sizes)).to(device)
+
+
+def rerank(candidates: Candidates, plan: Plan) -> DraftTree:
+    """The tree of the best `plan.nodes - 1` candidates by cumulative score, over all levels.
+
+    A child never comes without its parent: its score is not above the parent's, and of equals the shallower, which
+    stands first, wins. Source: EAGLE-2, section 4.2.
+    """
+    batch, count = candidates.tokens.shape
+    device = candidates.tokens.device
+    order = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, : plan.nodes - 1]
+    kept = order.sort(dim=1).values  # in the order of depth: parents precede their children
+    nodes = kept.shape[1] + 1
+    place = torch.zeros(batch, count, dtype=torch.int64, device=device)
+    place.scatter_(1, kept, torch.arange(1, nodes, device=device).expand(batch, -1))
+    above = candidates.parents.gather(1, kept)
+    parents = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
+    scores = candidates.scores.gather(1, kept)
+    is_node = scores > -torch.inf
+    root = candidates.root[:, None]
+    unused = bucket(plan.nodes) - nodes
+    return DraftTree(
+        tokens=_padded(root, torch.where(is_node, candidates.tokens.gather(1, kept), root), unused, root),
+        parents=_padded(-1, torch.where(is_node, parents, -1).int(), unused, -1),
+        depths=_padded(0, torch.where(is_node, candidates.depths[kept], 0), unused, 0),
+        scores=_padded(0.0, scores, unused, -torch.inf),
+        max_depth=min(plan.depth, max(nodes - 1, 0)),
+    )
+
+
+def _padded(first: Tensor | float, rows: Tensor, unused: int, filler: Tensor | float) -> Tensor:
+    """[B, 1 + n + unused]: `first`, the rows [B, n], then `filler`."""
+    batch = rows.shape[0]
+    head = torch.as_tensor(first, dtype=rows.dtype, device=rows.device).expand(batch, 1)
+    tail = torch.as_tensor(filler, dtype=rows.dtype, device=rows.device).expand(batch, unused)
+    return torch.cat([head, rows, tail], dim=1)

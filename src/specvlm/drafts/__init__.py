@@ -5,14 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from specvlm.drafts.base import Draft, DraftSession, NoDraft
+from specvlm.drafts.eagle import EagleConfig, EagleDraft, EagleHead
 from specvlm.drafts.ngram import NGramDraft, NGramSession
 
 #: Drafts without weights, by name.
 BY_NAME: dict[str, Callable[[], Draft]] = {"ngram": NGramDraft}
 #: Readers of a draft's folder, by its config's "draft_type".
-BY_TYPE: dict[str, Callable[[Path], Draft]] = {}
+BY_TYPE: dict[str, Callable[[Path], Draft]] = {"eagle": EagleDraft.from_pretrained}
 
-__all__ = ["BY_NAME", "BY_TYPE", "Draft", "DraftSession", "NGramDraft", "NGramSession", "NoDraft", "load_draft"]
+__all__ = [
+    "BY_NAME",
+    "BY_TYPE",
+    "Draft",
+    "DraftSession",
+    "EagleConfig",
+    "EagleDraft",
+    "EagleHead",
+    "NGramDraft",
+    "NGramSession",
+    "NoDraft",
+    "load_draft",
+]
 
 
 def load_draft(draft: str | Path) -> Draft:

@@ -17,13 +17,13 @@ class DraftSession(Protocol):
 
 @runtime_checkable
 class Draft(Protocol):
-    """Weights only, shared by answers.
+    """Weights only, shared by answers."""
 
-    `taps` says which of the target's features the draft reads: None for the post-final-norm ones, else the
-    inputs of those layers, concatenated.
-    """
-
-    taps: tuple[int, ...] | None
+    @property
+    def taps(self) -> tuple[int, ...] | None:
+        """Which of the target's features the draft reads: None for the post-final-norm ones, else the inputs of those
+        layers, concatenated."""
+        ...
 
     def bind(self, target: Target) -> None:
         """Fits the draft to the target.

@@ -80,6 +80,10 @@ class Target(Protocol):
         """Logits [..., V] of post-final-norm hidden states [..., H]."""
         ...
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows [r, H] of the output head, for the ids [r] that a reduced draft head may propose."""
+        ...
+
     def prefill(
         self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None
     ) -> tuple[DecodeState, Prompt]:

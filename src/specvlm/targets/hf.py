@@ -52,6 +52,10 @@ class HFTarget:
         """Logits [..., V] of post-final-norm hidden states [..., H]."""
         return self.model.lm_head(hidden)
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """Rows [r, H] of the output head, for the ids [r]."""
+        return self.model.lm_head.weight[ids]
+
     def prefill(
         self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None
     ) -> tuple[DecodeState, Prompt]:
@@ -79,16 +83,29 @@ class HFTarget:
         hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
         return Scores(self.head(hidden), features)
 
+    @torch.no_grad()
+    def teach(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings and features [B, T, H] of whole sequences, padded at their ends, for a draft to learn from.
+
+        Args:
+            inputs: input_ids [B, T], and pixel_values (and image_sizes) of all the batch's pictures.
+        """
+        input_ids = inputs["input_ids"].to(self.spec.device)
+        embeds, _, _ = self._merge(input_ids, inputs)
+        step = AttentionStep(torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device), None)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return embeds, self._forward(embeds, positions, None, step, None)[0]
+
     def _forward(
-        self, embeds: Tensor, positions: Tensor, slab: Tensor, step: AttentionStep, taps: tuple[int, ...] | None
+        self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """Post-final-norm hidden states, and the features that `taps` ask for."""
         with our_attention(self._language.config):
             out = self._language(
                 inputs_embeds=embeds,
                 position_ids=positions,
-                past_key_values=slab_cache(slab, step.kv_len),
-                use_cache=True,
+                past_key_values=None if slab is None else slab_cache(slab, step),
+                use_cache=slab is not None,
                 output_hidden_states=taps is not None,
                 step=step,
             )
@@ -176,13 +193,13 @@ def _check_pixels(pixels: Any, image_sizes: Any, config: Any) -> None:
     needs_sizes = isinstance(config, LlavaNextConfig)
     leading = "[images, patches," if needs_sizes else "[images,"
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"pixel_values: expected a float tensor {leading} 3, {side}, {side}], got {got}")
+        came = str(pixels.dtype) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"pixel_values: expected a float tensor {leading} 3, {side}, {side}], got {came}")
     if pixels.ndim != (5 if needs_sizes else 4) or tuple(pixels.shape[-3:]) != (3, side, side):
         raise ValueError(f"pixel_values: expected shape {leading} 3, {side}, {side}], got {list(pixels.shape)}")
     if needs_sizes and (not isinstance(image_sizes, Tensor) or tuple(image_sizes.shape) != (len(pixels), 2)):
-        got = list(image_sizes.shape) if isinstance(image_sizes, Tensor) else type(image_sizes).__name__
-        raise ValueError(f"image_sizes: expected a tensor [{len(pixels)}, 2] of heights and widths, got {got}")
+        came = str(list(image_sizes.shape)) if isinstance(image_sizes, Tensor) else type(image_sizes).__name__
+        raise ValueError(f"image_sizes: expected a tensor [{len(pixels)}, 2] of heights and widths, got {came}")
 
 
 def _spec(model: PreTrainedModel, tokenizer: Any | None) -> TargetSpec:

@@ -29,12 +29,14 @@ class AttentionStep:
     """What our attention needs besides q, k and v.
 
     Attributes:
-        kv_len: [B] int32 slots filled before this forward.
-        ancestors: [B, N, W] packed bits of a tree; None: a prompt, causal, into an empty slab.
+        kv_len: [B] int32 slots that every row sees.
+        ancestors: [B, N, W] packed bits over the slots from kv_len on; None: a prompt, causal, into an empty slab.
+        first_slot: [B] int32 where this forward's KV goes; None: to kv_len and on.
     """
 
     kv_len: Tensor
     ancestors: Tensor | None
+    first_slot: Tensor | None = None
 
 
 def _attention(
@@ -77,16 +79,16 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class _SlabLayer(CacheLayerMixin):
-    """One layer's part of a slab, as transformers' cache: new tokens go to slots kv_len and on."""
+    """One layer's part of a slab, as transformers' cache: new tokens go to slots first_slot and on."""
 
-    def __init__(self, slab: Tensor, kv_len: Tensor) -> None:
+    def __init__(self, slab: Tensor, first_slot: Tensor) -> None:
         super().__init__()
         self.keys, self.values = slab[0], slab[1]
-        self._kv_len = kv_len
+        self._first_slot = first_slot
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        write_kv(self.keys, self.values, key_states, value_states, self._kv_len)
+        write_kv(self.keys, self.values, key_states, value_states, self._first_slot)
         return self.keys, self.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -104,9 +106,10 @@ class _SlabLayer(CacheLayerMixin):
         raise NotImplementedError("our attention needs no mask")
 
 
-def slab_cache(slab: Tensor, kv_len: Tensor) -> Cache:
-    """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes at slots `kv_len` [B] and on."""
-    return Cache(layers=[_SlabLayer(layer, kv_len) for layer in slab])
+def slab_cache(slab: Tensor, step: AttentionStep) -> Cache:
+    """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes where `step` says."""
+    first_slot = step.kv_len if step.first_slot is None else step.first_slot
+    return Cache(layers=[_SlabLayer(layer, first_slot) for layer in slab])
 
 
 @contextlib.contextmanager
