@@ -59,12 +59,12 @@ def plain_eagle2(root: int, plan: Plan, children: list) -> tuple[list[int], list
     `children[level](path)` gives the (token, log-probability) pairs below the node that `path` of tokens leads to.
     """
     nodes = []  # token, parent, depth, score, path
-    beam = [(None, 0.0, ())]
+    beam = [(None, torch.tensor(0.0), ())]
     for level in range(plan.depth):
         grown = []
         for parent, score, path in beam:
             for token, log_p in children[level](path):
-                nodes.append((token, parent, level + 1, torch.tensor(score) + torch.tensor(log_p), (*path, token)))
+                nodes.append((token, parent, level + 1, score + torch.tensor(log_p), (*path, token)))
                 grown.append(len(nodes) - 1)
         best = sorted(grown, key=lambda i: (-nodes[i][3], i))[: plan.width]
         beam = [(i, nodes[i][3], nodes[i][4]) for i in best]

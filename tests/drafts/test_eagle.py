@@ -1,6 +1,7 @@
 """The EAGLE head: its arithmetic against a straight line of torch, its tree in a lossless answer, its folder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ def specvlm() -> SpecVLM:
     return SpecVLM(tiny_llava(num_key_value_heads=2))
 
 
-def random_draft(specvlm: SpecVLM, plan: Plan | None = None, **changes: object) -> EagleDraft:
+def random_draft(
+    specvlm: SpecVLM, plan: Plan | None = None, vocabulary: list[int] | None = None, **changes: object
+) -> EagleDraft:
     """A head of random weights, bound to the target."""
     torch.manual_seed(1)
-    config = EagleConfig.for_target(
-        specvlm.target.spec, intermediate_size=96, input_layernorm=bool(changes.pop("norm", 0))
-    )
-    head = EagleHead(EagleConfig(**{name: getattr(config, name) for name in config.__slots__} | changes))
-    draft = EagleDraft(head, plan)
+    config = EagleConfig.for_target(specvlm.target.spec, intermediate_size=96)
+    reduced = {} if vocabulary is None else {"draft_vocab_size": len(vocabulary)}
+    draft = EagleDraft(EagleHead(replace(config, **reduced | changes)), plan)
+    if vocabulary is not None:
+        draft.head.vocabulary.copy_(torch.tensor(vocabulary))
     draft.bind(specvlm.target)
     return draft
 
@@ -66,7 +69,7 @@ def straight_line(draft: EagleDraft, embeds: Tensor, features: Tensor) -> Tensor
     return x + (gate * (y @ w["layers.0.mlp.up_proj.weight"].T)) @ w["layers.0.mlp.down_proj.weight"].T
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": 1}, {"bias": False}, {"rope_theta": 500.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"input_layernorm": True}, {"bias": False}, {"rope_theta": 500.0}], ids=str)
 @torch.no_grad()
 def test_draft_logits_follow_the_formula_at_every_level(specvlm, changes, monkeypatch):
     plan = Plan(nodes=16, depth=4, width=3)
@@ -149,9 +152,7 @@ def test_image_tokens_are_never_proposed(specvlm, monkeypatch):
 
 
 def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
-    draft = random_draft(specvlm, draft_vocab_size=40)
-    draft.head.vocabulary.copy_(torch.arange(100, 180, 2))
-    draft.bind(specvlm.target)
+    draft = random_draft(specvlm, vocabulary=list(range(100, 180, 2)))
     seen = []
     rerank = eagle_module.rerank
     monkeypatch.setattr(eagle_module, "rerank", lambda *args: seen.append(rerank(*args)) or seen[-1])
@@ -179,11 +180,9 @@ def test_heads_that_do_not_fit_the_target(specvlm, changes, message):
 
 
 def test_vocabularies_out_of_order(specvlm):
-    draft = random_draft(specvlm, draft_vocab_size=3)
     for ids in ([9, 8, 7], [7, 7, 8], [7, 8, VOCAB]):
-        draft.head.vocabulary.copy_(torch.tensor(ids))
         with pytest.raises(ValueError, match=r"eagle vocabulary: expected ascending ids in \[0, 320\)"):
-            draft.bind(specvlm.target)
+            random_draft(specvlm, vocabulary=ids)
 
 
 @pytest.fixture

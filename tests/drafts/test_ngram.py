@@ -48,5 +48,5 @@ def test_the_answer_itself_is_remembered():
 def test_image_tokens_are_neither_proposed_nor_part_of_a_suffix():
     tokens = [3, 8, 9, IMAGE_TOKEN, IMAGE_TOKEN, 8, 9, 5]
     media = {3, 4}
-    assert proposal(tokens, [8, 9], media=media, shortest=1)[0] == [9, 5]
+    assert proposal(tokens, [8, 9], media=media, shortest=1)[0] == [9, 5, 8, 9]
     assert proposal([3, IMAGE_TOKEN, IMAGE_TOKEN, 6], [3], media={1, 2}, shortest=1) == ([3], [-1])

@@ -4,6 +4,7 @@ Source: SpecVLM (2025), section 3.3: 0.1 cross-entropy with the target's distrib
 features, on the answer's tokens.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specvlm.checks import check_int, check_number
 from specvlm.drafts.eagle import EagleDraft
@@ -121,6 +122,18 @@ def distill(
     Raises:
         ValueError: the checkpoint is of another configuration.
     """
+    with _frozen(target.model):
+        yield from _train(target, draft, batch_of, config, checkpoint, measure_tau)
+
+
+def _train(
+    target: HFTarget,
+    draft: EagleDraft,
+    batch_of: Callable[[int], Batch],
+    config: DistillConfig,
+    checkpoint: Path | None,
+    measure_tau: Callable[[], float] | None,
+) -> Iterator[Progress]:
     head = draft.head.train()
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -156,6 +169,19 @@ def distill(
             seconds_left=pace * (config.steps - done),
         )
     head.eval()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient for the model's weights meanwhile: its output head stands in the draft's graph."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _losses(target: HFTarget, draft: EagleDraft, batch: Batch, noise: Callable[[Tensor], Tensor]) -> Losses:
