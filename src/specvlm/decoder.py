@@ -27,7 +27,7 @@ _OPTIONS = frozenset(option.name for option in fields(GenerateConfig))
 _LOADED: Any = object()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     target: Target, draft: Draft, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits
 ) -> Iterator[Emitted]:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from specvlm.decoder import SpecVLM
+from specvlm.demo import MODEL_DIR
 from specvlm.drafts import Draft
 from specvlm.targets.hf import FAMILIES
 
@@ -45,9 +46,7 @@ def load(
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     precision = wanted or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if str(target) == "demo":
-        from specvlm.demo import MODEL_DIR
-
-        target, draft = MODEL_DIR, "ngram" if draft is None else draft
+        target, draft = MODEL_DIR, "demo" if draft is None else draft
     return SpecVLM(_model(target, precision).to(place), draft=draft, processor=_processor(target))
 
 

@@ -43,6 +43,17 @@ class Row:
     verify_share: float
     host_ms: float
 
+    def summary(self) -> dict[str, Any]:
+        """The medians by name, as JSON holds them."""
+        return {
+            "draft": self.draft,
+            "temperature": self.temperature,
+            "tokens_per_second": self.decode.median,
+            "end_to_end_tokens_per_second": self.end_to_end.median,
+            "tau": self.tau,
+            "identical": self.identical,
+        }
+
     @property
     def host_share(self) -> float:
         """Of the time after the first token, what neither model took."""

@@ -137,7 +137,8 @@ class SlabPool:
                     f"KV cache: expected at most {free / 2**30:.2f} GiB, which is free on {self._device}, got "
                     f"{needed / 2**30:.2f} GiB for {batch} x {slots} positions in {self._layers} layers"
                 )
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        with torch.inference_mode(False):  # so that it can be written to outside as well
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def give_back(self, slab: Tensor) -> None:
         """Keeps `slab` for the next answer of its shape."""

@@ -47,14 +47,14 @@ def _write_kv_kernel(
     tl.store(v_cache + i_b * stride_vb + i_head * stride_vh + o_slot * stride_vs + o_d, b_v, mask=m_td)
 
 
-@triton.jit(do_not_specialize=["nodes", "capacity"])
+@triton.jit(do_not_specialize=["nodes", "capacity", "heads"])
 def _compact_kv_kernel(
-    cache, kv_len, path, length, nodes, capacity,
+    cache, kv_len, path, length, nodes, capacity, heads,
     stride_l, stride_c, stride_b, stride_h, stride_s,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_head, i_kv = (tl.program_id(0) % HEADS).to(tl.int64), (tl.program_id(0) // HEADS % 2).to(tl.int64)
-    i_layer, i_b = (tl.program_id(0) // (2 * HEADS)).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_head, i_kv = (tl.program_id(0) % heads).to(tl.int64), (tl.program_id(0) // heads % 2).to(tl.int64)
+    i_layer, i_b = (tl.program_id(0) // (2 * heads)).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_t, o_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)[None, :]
 
     start = tl.load(kv_len + i_b).to(tl.int64)
@@ -91,8 +91,8 @@ def launch_compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Ten
     if cache.numel() == 0 or path.numel() == 0:
         return
     _compact_kv_kernel[(layers * 2 * heads, batch)](
-        cache, kv_len, path, length, path.shape[1], capacity, *cache.stride()[:5],
-        HEADS=heads, D=head_dim, BLOCK_T=MOVE_ROWS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+        cache, kv_len, path, length, path.shape[1], capacity, heads, *cache.stride()[:5],
+        D=head_dim, BLOCK_T=MOVE_ROWS, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def write_kv(
     Raises:
         ValueError: a wrong shape, dtype, device or stride; on CPU also kv_len outside [0, S].
     """
-    kernel = takes_kernel(k_cache)
     check_tensor("k_cache", k_cache, ("B", "Hkv", "S", "D"), FLOATS)
+    kernel = takes_kernel(k_cache)
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, k_cache.device)
     batch, heads, capacity, head_dim = k_cache.shape
     check_tensor("k", k, (batch, heads, "T", head_dim), k_cache.dtype, k_cache.device)
@@ -147,8 +147,8 @@ def compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, le
         ValueError: a wrong shape, dtype, device or stride; on CPU also kv_len or length out of range, and a path that
             does not ascend from at least 1.
     """
-    kernel = takes_kernel(cache)
     check_tensor("cache", cache, ("L", 2, "B", "Hkv", "S", "D"), FLOATS)
+    kernel = takes_kernel(cache)
     batch, capacity = cache.shape[2], cache.shape[4]
     check_tensor("kv_len", kv_len, (batch,), torch.int32, cache.device)
     check_tensor("path", path, (batch, "N"), torch.int32, cache.device)

@@ -36,7 +36,7 @@ LOG2_E = 1.4426950408889634
 #: Ancestor bits in a word.
 WORD = 64
 
-#: Programs that a full slab should give work to: about two for each of 132 to 304 multiprocessors.
+#: Programs of a full slab: a half-full one still has about two for each of 132 multiprocessors.
 TARGET_PROGRAMS = 512
 
 #: Fewer keys than this in a split cost more in partials than the split gains.
@@ -77,13 +77,13 @@ class TreeAttentionConfig:
             raise ValueError(f"split: expected a positive multiple of block_n = {self.block_n}, got {self.split}")
 
 
-def default_config(capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> TreeAttentionConfig:
+def default_config(capacity: int, kv_heads: int, dtype: torch.dtype) -> TreeAttentionConfig:
     """The cut for a slab: a function of what stays the same for a whole answer, so that rows stay the same too."""
-    wide = dtype == torch.float32
-    block_n = 32 if wide else 64
     splits = triton.cdiv(TARGET_PROGRAMS, kv_heads)
-    split = max(SMALLEST_SPLIT, triton.cdiv(triton.cdiv(capacity, splits), block_n) * block_n)
-    return TreeAttentionConfig(split=split, block_m=32 if wide else 64, block_n=block_n, num_stages=2)
+    split = max(SMALLEST_SPLIT, triton.cdiv(triton.cdiv(capacity, splits), WORD) * WORD)
+    if dtype == torch.float32:  # full fp32 has no tensor cores: products run from registers, and larger tiles spill
+        return TreeAttentionConfig(split=split, block_m=16, block_n=16, num_warps=8)
+    return TreeAttentionConfig(split=split)
 
 
 @triton.jit
@@ -144,22 +144,22 @@ def _attend(b_q, b_k, b_v, b_max, b_sum, b_out, scale_log2, m_seen, MASKED: tl.c
     return b_new, b_sum, b_out
 
 
-@triton.jit(do_not_specialize=["queries", "words", "capacity", "splits"])
+@triton.jit(do_not_specialize=["queries", "kv_heads", "words", "capacity", "splits"])
 def _tree_attention_kernel(
     q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale_log2,
-    queries, words, capacity, splits, split,
+    queries, kv_heads, words, capacity, splits, split,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, ONE_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_split = tl.program_id(0), tl.program_id(1) // KV_HEADS
-    i_head, i_b = tl.program_id(1) % KV_HEADS, tl.program_id(2).to(tl.int64)
+    i_tile, i_split = tl.program_id(0), tl.program_id(1) // kv_heads
+    i_head, i_b = tl.program_id(1) % kv_heads, tl.program_id(2).to(tl.int64)
 
     # Clamped, so that a bad length reads the slab and nothing else.
     n = tl.minimum(tl.maximum(tl.load(kv_len + i_b), 0), capacity)
     first = i_split * split
     last = tl.minimum(tl.minimum(first + split, capacity), n + words * 64)
-    if first >= last:
+    if (first >= last) & (i_split > 0):  # the first always leaves something, if only zeros
         return
 
     o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -167,8 +167,8 @@ def _tree_attention_kernel(
     m_row, m_d = o_row < queries * GROUP, o_d < D
     i_node, i_q_head = o_row // GROUP, i_head * GROUP + o_row % GROUP
 
-    p_q = q + i_b * stride_qb + i_node.to(tl.int64)[:, None] * stride_qn + i_q_head[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & m_d[None, :], other=0.0)
+    p_q = q + i_b * stride_qb + i_node.to(tl.int64) * stride_qn + i_q_head.to(tl.int64) * stride_qh
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
     p_k = k_cache + i_b * stride_kb + i_head.to(tl.int64) * stride_kh
     p_v = v_cache + i_b * stride_vb + i_head.to(tl.int64) * stride_vh
 
@@ -195,7 +195,7 @@ def _tree_attention_kernel(
     # A row that saw nothing leaves zeros and, its maximum being -inf, the weight 2^-inf.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
-    o_out = (i_b * queries + i_node) * (KV_HEADS * GROUP) + i_q_head
+    o_out = (i_b * queries + i_node) * (kv_heads * GROUP) + i_q_head
     if ONE_SPLIT:
         m_out = m_row[:, None] & m_d[None, :]
         tl.store(out + o_out[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
@@ -256,6 +256,11 @@ def _pack_ancestors_kernel(parents, out, nodes, words, BLOCK_N: tl.constexpr):
     tl.store(out + (i_b * nodes + o_n) * words + i_word, b_bits.to(tl.int64, bitcast=True), mask=m_n)
 
 
+def _strides(x: torch.Tensor) -> list[int]:
+    """Strides but the last. That of an axis of one is free, and set so that Triton makes no case of its own of it."""
+    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
 def launch_tree_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -281,9 +286,9 @@ def launch_tree_attention(
     grid = (triton.cdiv(queries * group, config.block_m), kv_heads * splits, batch)
     _tree_attention_kernel[grid](
         q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale * LOG2_E,
-        queries, words, capacity, splits, config.split,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        KV_HEADS=kv_heads, GROUP=group, D=head_dim, ONE_SPLIT=one_split,
+        queries, kv_heads, words, capacity, splits, config.split,
+        *_strides(q), *_strides(k_cache), *_strides(v_cache),
+        GROUP=group, D=head_dim, ONE_SPLIT=one_split,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -362,8 +367,10 @@ def tree_attention(
 
     Flash-decoding (Dao et al., 2023) with the tree mask of SpecInfer (Miao et al., 2024).
     """
+    check_tensor("q", q, ("B", "Q", "Hq", "D"), REFERENCE_FLOATS)
     kernel = takes_kernel(q)
-    check_tensor("q", q, ("B", "Q", "Hq", "D"), KERNEL_FLOATS if kernel else REFERENCE_FLOATS)
+    if kernel:
+        check_tensor("q", q, q.shape, KERNEL_FLOATS)
     batch, queries, heads, head_dim = q.shape
     device = q.device
     check_tensor("k_cache", k_cache, (batch, "Hkv", "S", head_dim), q.dtype, device)
@@ -384,7 +391,5 @@ def tree_attention(
     if not kernel:
         return reference.tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
     with on_device(q):
-        config = default_config(capacity, kv_heads, head_dim, q.dtype)
-        return launch_tree_attention(
-            q, k_cache, v_cache, kv_len.contiguous(), ancestors.contiguous(), scale, config
-        )
+        config = default_config(capacity, kv_heads, q.dtype)
+        return launch_tree_attention(q, k_cache, v_cache, kv_len.contiguous(), ancestors.contiguous(), scale, config)

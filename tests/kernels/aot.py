@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def attention_cases(model: Shape) -> Iterator[Case]:
     q = meta(1, NODES, model.heads, model.head_dim)
     slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
     kv_len, words = meta(1, dtype=torch.int32), meta(1, NODES, 1, dtype=torch.int64)
-    config = default_config(CAPACITY, model.kv_heads, model.head_dim, q.dtype)
+    config = default_config(CAPACITY, model.kv_heads, q.dtype)
     scale = model.head_dim**-0.5
     yield Case(
         f"tree_attention {model.name}",
@@ -190,13 +191,19 @@ def compile_case(case: Case, architecture: str) -> list[Usage]:
     """Compiles all kernels that a launch starts and reads what they use."""
     with compiling(architecture) as binaries:
         case.launch()
-    return [_amd_usage(binary) if architecture.startswith("gfx") else _nvidia_usage(binary) for binary in binaries]
+    return [
+        _amd_usage(binary.metadata.name, binary.metadata.shared, binary.asm["amdgcn"])
+        if architecture.startswith("gfx")
+        else _nvidia_usage(binary.metadata.name, binary.metadata.shared, binary.asm["cubin"])
+        for binary in binaries
+    ]
 
 
-def _nvidia_usage(binary: Any) -> Usage:
+@lru_cache
+def _nvidia_usage(kernel: str, shared: int, cubin: bytes) -> Usage:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [tools / "cuobjdump", "-res-usage", file.name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -205,16 +212,15 @@ def _nvidia_usage(binary: Any) -> Usage:
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     stack = numbers["STACK"] + numbers["LOCAL"]
-    return Usage(binary.metadata.name, numbers["REG"], spills, stack, binary.metadata.shared)
+    return Usage(kernel, numbers["REG"], spills, stack, shared)
 
 
-def _amd_usage(binary: Any) -> Usage:
-    said = binary.asm["amdgcn"]
-    numbers = {name: int(number) for name, number in re.findall(r"\.(\w+): +(\d+)\n", said)}
+def _amd_usage(kernel: str, shared: int, assembly: str) -> Usage:
+    numbers = {name: int(number) for name, number in re.findall(r"\.(\w+): +(\d+)\n", assembly)}
     registers = numbers["vgpr_count"]
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     stack = numbers["private_segment_fixed_size"]
-    return Usage(binary.metadata.name, registers, spills, stack, binary.metadata.shared)
+    return Usage(kernel, registers, spills, stack, shared)
 
 
 def table(architectures: list[str]) -> str:
@@ -238,7 +244,8 @@ def main() -> None:
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
     text = (
         "# Kernels compiled ahead of time\n\n"
-        f"bf16, slab of {CAPACITY} slots, {NODES} nodes, batch 1; {versions}. Compiled without a GPU: resources, not speed.\n"
+        f"bf16, slab of {CAPACITY} slots, {NODES} nodes, batch 1; {versions}. "
+        "Compiled without a GPU: resources, not speed.\n"
         "Spills: NVIDIA, local-memory instructions in the binary; AMD, spilled vector and scalar registers.\n\n"
         + table(list(ARCHITECTURES))
     )

@@ -123,6 +123,15 @@ def test_kernel_keeps_exactly_the_top_k_with_ties(device, values, top_k):
     assert kept_by_kernel(device, logits, 1.0, top_k, 1.0)[0, 0].tolist() == expected
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(60, 1.0), (0, 0.9), (300, 0.8)])
+def test_kernel_filters_over_all_tiles_of_a_row(device, top_k, top_p):
+    logits = random_logits(1, 1, 2 * acceptance.SEARCH_TILE + 77, seed=11)
+    logits[..., -50:] += 6
+    kept = kept_by_kernel(device, logits, 1.0, top_k, top_p)
+    for factor in (1 - EDGE, 1 + EDGE):
+        assert torch.equal(kept, _filtered(logits, top_k, min(top_p * factor, 1.0)) > -INF)
+
+
 @pytest.mark.parametrize(("top_p", "expected"), [(0.5, [1, 0, 0, 0]), (0.51, [1, 1, 1, 0]), (0.99, [1, 1, 1, 1])])
 def test_kernel_keeps_ties_and_the_token_that_crosses_top_p(device, top_p, expected):
     logits = torch.tensor([[[8.0, 3.0, 3.0, 2.0]]]).log()  # of 16: 8 | 3 3 | 2

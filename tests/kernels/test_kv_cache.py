@@ -100,7 +100,12 @@ def test_compact_kernel_leaves_everything_be_where_values_are_bad(device):
     fenced = counted(3, 2, 1, 1, 12, 16).to(device)
     before = fenced.clone()
     cache, int32 = fenced[1:2], {"dtype": torch.int32, "device": device}
-    for start, nodes, count in ((3, [0, -5, 2, 99], 4), (3, [1, 2, 3, 4], 2**30), (-9, [8, 9, 10, 11], 4), (99, [2], 1)):
+    for start, nodes, count in (
+        (3, [0, -5, 2, 99], 4),
+        (3, [1, 2, 3, 4], 2**30),
+        (-9, [8, 9, 10, 11], 4),
+        (99, [2], 1),
+    ):
         path = torch.tensor([nodes], **int32)
         launch_compact_kv(cache, torch.tensor([start], **int32), path, torch.tensor([count], **int32))
         assert torch.equal(fenced, before)

@@ -23,7 +23,7 @@ from tests.kernels.watch import launched
 NAN = float("nan")
 HEADS = [(1, 1), (2, 1), (1, 7), (2, 3), (3, 2)]  # KV heads, group
 HEAD_DIMS = [32, 64, 80, 96, 128]
-LENGTHS = [0, 1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+LENGTHS = [0, 1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 
 
 @dataclass
@@ -128,8 +128,8 @@ def problems(draw: st.DrawFn, max_nodes: int, dtypes: tuple[torch.dtype, ...]) -
 
 def check_kernel(case: Case, device: str) -> None:
     moved = case.to(device)
-    capacity, head_dim = case.k.shape[2:]
-    one_split = capacity <= default_config(capacity, case.k.shape[1], head_dim, case.q.dtype).split
+    kv_heads, capacity = case.k.shape[1:3]
+    one_split = capacity <= default_config(capacity, kv_heads, case.q.dtype).split
     kernels = [_tree_attention_kernel] + [_tree_attention_merge_kernel] * (not one_split)
     with launched(*kernels):
         out = tree_attention(*moved.args())
@@ -225,10 +225,10 @@ def test_kernel_gives_zeros_to_a_row_that_sees_nothing(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("heads", [(2, 1), (1, 7)])
 def test_kernel_gives_a_row_the_same_bits_in_any_company(device, dtype, heads):
-    case = case_of([parents_of("random", 40, 1)], [150], heads, 64, dtype=dtype, room=60)
+    case = case_of([parents_of("random", 20, 1)], [150], heads, 64, dtype=dtype, room=60)
     moved = case.to(device)
     together = tree_attention(*moved.args())
-    for rows in ([0], [39], [3, 17], [30, 31, 32, 33, 34]):
+    for rows in ([0], [19], [3, 17], [10, 11, 12, 13, 14]):
         with launched(_tree_attention_kernel, _tree_attention_merge_kernel):
             alone = tree_attention(*moved.rows(rows).args())
         assert torch.equal(alone, together[:, rows])
@@ -276,7 +276,7 @@ def test_kernel_stays_inside_the_slab_whatever_the_length(device, length):
     kv_len = torch.tensor([length], dtype=torch.int32, device=device)
     fenced = torch.full((1, 3, 40, 32), NAN, device=device)
     fenced[:, 1:2] = inside
-    config = default_config(40, 1, 32, torch.float32)
+    config = default_config(40, 1, torch.float32)
     slab = fenced[:, 1:2]
     assert launch_tree_attention(case.q[:, :, :1], slab, slab, kv_len, case.words, 1.0, config).isfinite().all()
 
@@ -478,10 +478,9 @@ def test_config_refuses(settings, message):
 @given(
     capacity=st.integers(1, 2**20),
     kv_heads=st.integers(1, 600),
-    head_dim=st.integers(1, 128),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_default_config_fits_every_slab(capacity, kv_heads, head_dim, dtype):
-    config = default_config(capacity, kv_heads, head_dim, dtype)
+def test_default_config_fits_every_slab(capacity, kv_heads, dtype):
+    config = default_config(capacity, kv_heads, dtype)
     assert config.split % config.block_n == 0
-    assert -(-capacity // config.split) * kv_heads <= max(512 + kv_heads, kv_heads)
+    assert -(-capacity // config.split) * kv_heads < 512 + kv_heads

@@ -1,6 +1,6 @@
 """The ops of `specvlm_kernels`, with the same names and signatures, in plain torch.
 
-What the kernels are tested against, and what serves on CPU. Computes in max(input dtype, fp32). Arguments are not checked.
+What the kernels are tested against, and what serves on CPU. They compute in max(input dtype, fp32) and check nothing.
 """
 
 from .acceptance import Accepted, accept, draw

@@ -7,9 +7,13 @@ def write_kv(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_len: torch.Tensor
 ) -> None:
     """k, v [B, Hkv, T, D] -> slots kv_len + i of the [B, Hkv, S, D] slabs; see `specvlm_kernels`."""
-    capacity = k_cache.shape[2]
-    for i_b, start in enumerate(kv_len.tolist()):
-        fits = min(k.shape[2], capacity - start)
+    starts, rows = kv_len.tolist(), k.shape[2]
+    if len(starts) == 1 and starts[0] + rows <= k_cache.shape[2]:  # one answer with room: two copies
+        k_cache.narrow(2, starts[0], rows).copy_(k)
+        v_cache.narrow(2, starts[0], rows).copy_(v)
+        return
+    for i_b, start in enumerate(starts):
+        fits = min(rows, k_cache.shape[2] - start)
         k_cache[i_b].narrow(1, start, fits).copy_(k[i_b, :, :fits])
         v_cache[i_b].narrow(1, start, fits).copy_(v[i_b, :, :fits])
 

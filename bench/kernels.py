@@ -1,0 +1,268 @@
+"""Times the kernels on the GPU at hand, against its copy bandwidth and against plain torch.
+
+    python -m bench.kernels
+
+Every op is first held against its reference; a wrong one is not timed. A measurement is a CUDA graph that runs the op
+over many layers (or caches, or batches of logits) in turn, as a decoder does: so the host's share is out of it, and KV
+is read from memory, not from the L2 cache. The last line is JSON.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from bench.machine import machine
+from specvlm_kernels import accept, compact_kv, draft_topk, draw, pack_ancestors, reference, tree_attention
+from specvlm_kernels.reference.acceptance import perturbed
+
+#: Inputs that a measurement walks through: several times any L2 cache. One node's logits (64 KB) stay inside it even
+#: so, as they do behind a head's product.
+ROTATION_BYTES, MOST_TURNS = 1 << 30, 256
+REPEATS, WARM_UP = 50, 5
+TREE_SEED = 0
+
+MODELS = {"7B": (32, 32), "13B": (40, 40), "GQA 32/8": (32, 8)}  # query heads, KV heads; head dimension 128
+CONTEXTS = (600, 2048, 8192)
+NODES = (1, 64)
+VOCABULARY = 32064
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds of one call: median and the tenth and ninetieth percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One line of the table; `bytes` is what the op cannot help reading and writing."""
+
+    op: str
+    shape: str
+    bytes: int
+    kernel: Timing
+    baseline: Timing
+    baseline_name: str
+
+
+def timed(call: Callable[[int], object], turns: int) -> Timing:
+    """Times call(0), ..., call(turns - 1) as one graph; a result is one call's share."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for turn in range(min(turns, 3)):
+            call(turn)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(turns):
+            call(turn)
+    for _ in range(WARM_UP):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [1e3 * start.elapsed_time(end) / turns for start, end in itertools.pairwise(marks)]
+    p10, median, p90 = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return Timing(median, p10, p90)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(ROTATION_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * ROTATION_BYTES / (timed(lambda _: target.copy_(source), 4).median * 1e-6)
+
+
+def random_parents(nodes: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(TREE_SEED)
+    parents = [-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, nodes)]
+    return torch.tensor([parents], dtype=torch.int32, device="cuda")
+
+
+def bench_tree_attention(model: str, context: int, nodes: int) -> Result:
+    heads, kv_heads, head_dim = *MODELS[model], 128
+    capacity = triton.next_power_of_2(context + nodes)
+    length = context + nodes
+    layer_bytes = 2 * 2 * kv_heads * length * head_dim
+    layers = max(2, min(32, math.ceil(ROTATION_BYTES / layer_bytes)))
+    slab = torch.randn(layers, 2, 1, kv_heads, capacity, head_dim, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(1, nodes, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    kv_len = torch.tensor([context], dtype=torch.int32, device="cuda")
+    words = pack_ancestors(random_parents(nodes))
+
+    out = tree_attention(q, slab[0, 0], slab[0, 1], kv_len, words)
+    exact = reference.tree_attention(q.double(), slab[0, 0].double(), slab[0, 1].double(), kv_len, words)
+    bits = (words[..., None] >> torch.arange(64, device="cuda")) & 1
+    mask = F.pad(bits.bool().flatten(2)[..., :nodes], (context, 0), value=True)[:, None]
+
+    def sdpa(layer: int) -> torch.Tensor:
+        k, v = slab[layer, 0, :, :, :length], slab[layer, 1, :, :, :length]
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=heads != kv_heads)
+
+    plain_error = (sdpa(0).transpose(1, 2) - exact).abs().max()
+    error = (out - exact).abs().max()
+    require(bool(error <= 2 * plain_error + 4 * 2**-8 * (1 + exact.abs().max())), f"tree_attention is off by {error}")
+    return Result(
+        "tree_attention",
+        f"{model}, {context} slots, {nodes} nodes",
+        layer_bytes + 2 * q.nbytes,
+        timed(lambda layer: tree_attention(q, slab[layer, 0], slab[layer, 1], kv_len, words), layers),
+        timed(sdpa, layers),
+        "SDPA with a mask",
+    )
+
+
+def bench_compact_kv(model: str) -> Result:
+    kv_heads, head_dim, layers, turns = MODELS[model][1], 128, 32, 16
+    caches = torch.randn(turns, layers, 2, 1, kv_heads, 640, head_dim, device="cuda", dtype=torch.bfloat16)
+    kv_len = torch.tensor([600], dtype=torch.int32, device="cuda")
+    nodes = [2, 5, 11, 30]
+    path = torch.tensor([nodes + [-1] * 60], dtype=torch.int32, device="cuda")
+    length = torch.tensor([len(nodes)], dtype=torch.int32, device="cuda")
+    source = 600 + torch.tensor(nodes, device="cuda")
+    target = 601 + torch.arange(len(nodes), device="cuda")
+
+    ours, theirs = caches[0].clone(), caches[0].clone()
+    compact_kv(ours, kv_len, path, length)
+    reference.compact_kv(theirs, kv_len, path, length)
+    require(torch.equal(ours, theirs), "compact_kv moved wrongly")
+
+    def indexed(turn: int) -> None:
+        caches[turn].index_copy_(4, target, caches[turn].index_select(4, source))
+
+    moved = 2 * 2 * layers * 2 * kv_heads * len(nodes) * head_dim
+    return Result(
+        "compact_kv",
+        f"{model}, {layers} layers, {len(nodes)} rows",
+        moved,
+        timed(lambda turn: compact_kv(caches[turn], kv_len, path, length), turns),
+        timed(indexed, turns),
+        "index_select, index_copy",
+    )
+
+
+def bench_draws(nodes: int, temperature: float, top_k: int, top_p: float) -> list[Result]:
+    turns = min(MOST_TURNS, math.ceil(ROTATION_BYTES / (2 * nodes * VOCABULARY)))
+    logits = 3 * torch.randn(turns, 1, nodes, VOCABULARY, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
+    parents, seed = random_parents(nodes), torch.tensor([7], device="cuda")
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    tokens = torch.randint(0, VOCABULARY, (1, nodes), device="cuda")
+
+    drawn = draw(logits[0], positions, **options)
+    noisy = perturbed(logits[0].float(), positions, temperature, top_k, top_p, seed if temperature else None)
+    lost = noisy.amax(-1) - noisy.gather(-1, drawn[..., None])[..., 0]
+    require(bool((lost <= 1e-4).all()), f"draw missed the best by {lost.max()}")
+
+    def plain(turn: int) -> torch.Tensor:
+        if not temperature:
+            return logits[turn].argmax(-1)
+        z = logits[turn].float() / temperature
+        if top_k:
+            z = z.masked_fill(z < z.topk(top_k).values[..., -1:], -math.inf)
+        if top_p < 1:
+            ordered, ids = z.sort(dim=-1)
+            cut = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+            z = z.masked_fill(cut.scatter(-1, ids, cut), -math.inf)
+        p = z.softmax(-1)
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+    shape = f"{nodes} nodes, V {VOCABULARY}, temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}"
+    baseline = timed(plain, turns)
+    read = 2 * nodes * VOCABULARY
+    return [
+        Result("draw", shape, read, timed(lambda i: draw(logits[i], positions, **options), turns), baseline, "torch"),
+        Result(
+            "accept",
+            shape,
+            read,
+            timed(lambda i: accept(logits[i], tokens, parents, positions, **options), turns),
+            baseline,
+            "torch, draws alone",
+        ),
+    ]
+
+
+def bench_draft_topk(nodes: int, k: int, temperature: float) -> Result:
+    turns = min(MOST_TURNS, math.ceil(ROTATION_BYTES / (2 * nodes * VOCABULARY)))
+    logits = 3 * torch.randn(turns, 1, nodes, VOCABULARY, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
+    options: dict[str, Any] = {"temperature": temperature, "seed": torch.tensor([7], device="cuda")}
+    _, scores = draft_topk(logits[0], k, positions, **options)
+    _, exact = reference.draft_topk(logits[0], k, positions, **options)
+    require(bool((scores - exact).abs().max() <= 1e-3), "draft_topk scores are off")
+    return Result(
+        "draft_topk",
+        f"{nodes} nodes, k {k}, V {VOCABULARY}, temperature {temperature:g}",
+        2 * nodes * VOCABULARY,
+        timed(lambda i: draft_topk(logits[i], k, positions, **options), turns),
+        timed(lambda i: logits[i].float().log_softmax(-1).topk(k), turns),
+        "log_softmax, topk",
+    )
+
+
+def require(fits: bool, message: str) -> None:
+    """Ends the benchmark where an op is wrong: the time of a wrong answer is of no use."""
+    if not fits:
+        raise SystemExit(f"bench.kernels: {message}; nothing is reported")
+
+
+def main() -> None:
+    """Runs everything and prints a Markdown table, then one line of JSON."""
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.kernels: needs a CUDA device, found none")
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, copies at {bandwidth / 1e12:.2f} TB/s\n")
+    print("| op | shape | µs | p10 to p90 | of copy bandwidth | baseline | µs | speedup |")
+    print("|---|---|--:|--:|--:|---|--:|--:|")
+    results = []
+    for result in measurements():
+        results.append(result)
+        kernel, baseline = result.kernel, result.baseline
+        share = result.bytes / (kernel.median * 1e-6) / bandwidth
+        print(
+            f"| {result.op} | {result.shape} | {kernel.median:.1f} | {kernel.p10:.1f} to {kernel.p90:.1f} "
+            f"| {share:.0%} "
+            f"| {result.baseline_name} | {baseline.median:.1f} | {baseline.median / kernel.median:.2f} |",
+            flush=True,
+        )
+    print()
+    print(
+        json.dumps(
+            machine()
+            | {"cuda": torch.version.cuda, "copy_bytes_per_second": bandwidth}
+            | {"results": [asdict(result) for result in results]}
+        )
+    )
+
+
+def measurements() -> Iterator[Result]:
+    """Each result as it comes."""
+    for model in MODELS:
+        for context in CONTEXTS:
+            for nodes in NODES:
+                yield bench_tree_attention(model, context, nodes)
+        yield bench_compact_kv(model)
+    for nodes in NODES:
+        for settings in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 50, 0.9)):
+            yield from bench_draws(nodes, *settings)
+    for temperature in (0.0, 1.0):
+        yield bench_draft_topk(8, 8, temperature)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m specvlm` is `specvlm`."""
+
+from specvlm.cli import main
+
+main()

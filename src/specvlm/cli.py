@@ -1,0 +1,363 @@
+"""The command line: `specvlm demo`, `generate`, `check` and `doctor`.
+
+Options are the fields of dataclasses: `GenerateConfig` says how tokens are drawn, here as in Python. What a user got
+wrong ends in one line and exit status 2.
+"""
+
+import functools
+import inspect
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from specvlm.config import GenerateConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from specvlm.decoder import SpecVLM
+    from specvlm.doctor import Diagnosis
+    from specvlm.equality import Comparison
+    from specvlm.measuring import Row
+    from specvlm.stats import Stats
+
+#: Exit statuses besides 0.
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+#: What typer raises for a command line that it cannot read, whether its click is its own or the package.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="A picture file (may be given again).", show_default=False)
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits: with 2, after one line, for what a user got wrong."""
+    try:
+        status = app(args=arguments, prog_name="specvlm", standalone_mode=False)
+    except typer.Abort:
+        status = INTERRUPTED
+    except _UsageError as error:
+        status = _complain(error.format_message())  # type: ignore[attr-defined]
+    except (ValueError, TypeError, OSError) as error:
+        status = _complain(str(error))
+    sys.exit(status)
+
+
+def _complain(problem: str) -> int:
+    print("error:", " ".join(problem.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model answers, and where."""
+
+    target: str = field(metadata={"help": "Folder or hub id of a LLaVA in transformers' format, or demo."})
+    draft: str | None = field(
+        default=None, metadata={"help": "ngram, a folder or a hub id; by default what ships with the target."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32, float16 or bfloat16; by default bfloat16 on a GPU, else float32."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the GPU if there is one."})
+
+    def load(self) -> "SpecVLM":
+        """The model, without what transformers would say and show meanwhile."""
+        from transformers.utils import logging
+
+        from specvlm.loading import load
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return load(self.target, self.draft, dtype=self.dtype, device=self.device)
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes options of the fields of every parameter that is a dataclass.
+
+    Names, types and defaults are the fields', help is their metadata's. The dataclass is built, and so checked,
+    before `command` runs.
+    """
+    configs: dict[str, Any] = {name: hint for name, hint in get_type_hints(command).items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += _options(configs[parameter.name]) if parameter.name in configs else [parameter]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> Any:
+        built = {
+            name: config(**{one.name: values.pop(one.name) for one in fields(config)})
+            for name, config in configs.items()
+        }
+        return command(**built, **values)
+
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _options(config: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(config)
+    for one in fields(config):
+        # An option that may be given again is a list to typer.
+        hint = list[str] | None if hints[one.name] == tuple[str, ...] | None else hints[one.name]
+        yield inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if one.default is MISSING else one.default,
+            annotation=Annotated[hint, typer.Option(help=one.metadata["help"])],
+        )
+
+
+@app.callback(invoke_without_command=True)
+def specvlm(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and nothing else.")] = False,
+) -> None:
+    """Vision-language models that answer faster without one token of the answer changing."""
+    if show_version:
+        print("specvlm", version("specvlm"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    picture: Annotated[
+        Path | None, typer.Option(help="Where the picture goes; by default into the folder for temporary files.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the model that ships: a picture, a question, the answer, and how fast each draft gets it."""
+    from specvlm.console import legend, screen
+    from specvlm.demo.run import MAX_NEW_TOKENS, REPEATS, TEMPERATURES, demo_drafts, tasks
+    from specvlm.measuring import measure
+
+    console, notes = screen(), screen(stderr=True)
+    path = picture or Path(tempfile.gettempdir()) / "specvlm-demo.png"
+    todo = tasks()
+    shown = todo[0]
+    shown.picture.save(path)
+    model = ModelChoice("demo").load()
+    prompts: list[dict[str, Any]] = [model.prepare(task.picture, task.question) for task in todo]
+    about = {"picture": str(path), "scene": shown.contents, "question": shown.question}
+    if as_json:
+        tokens = model.generate(**prompts[0], max_new_tokens=MAX_NEW_TOKENS).tokens
+    else:
+        for name, value in about.items():
+            console.print(f"{name:10}{value}")
+        console.print("answer    ", end="")
+        tokens, _ = _streamed(model, prompts[0], {"max_new_tokens": MAX_NEW_TOKENS, "seed": 0}, console)
+    about["answer"] = _text(model, tokens)
+    right = shown.is_answered_by(about["answer"])
+    if not as_json:
+        console.print("         ", legend())
+        console.print("judged    " + ("true of the scene, and complete" if right else "wrong, or not complete"))
+    rows: list[Row] = []
+    with notes.status("measuring") as status:
+        limits: dict[str, Any] = {"repeats": REPEATS, "max_new_tokens": MAX_NEW_TOKENS}
+        repeats = measure(model, prompts, demo_drafts(), temperatures=TEMPERATURES, **limits)
+        for done, latest in enumerate(repeats, start=1):
+            rows = latest
+            status.update(f"measuring, {done} of {REPEATS} repeats done")
+    if as_json:
+        _print_json(about | {"right": right, "rows": [row.summary() for row in rows]})
+        return
+    console.print(_speeds(rows))
+    console.print(f"medians of {REPEATS} repeats over {len(todo)} questions; AR is the same engine without a draft")
+
+
+@app.command()
+@with_options
+def generate(
+    choice: ModelChoice,
+    config: GenerateConfig,
+    prompt: Annotated[str, typer.Option(help="The question; the model's chat format is put around it.")],
+    image: Images = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about one or several pictures, or about none."""
+    from specvlm.console import legend, screen
+
+    model = choice.load()
+    inputs: dict[str, Any] = model.prepare(image or [], prompt)
+    if as_json:
+        answer = model.generate(**inputs, **asdict(config))
+        _print_json({"text": _text(model, answer.tokens), "tokens": answer.tokens, "stats": asdict(answer.stats)})
+        return
+    notes = screen(stderr=True)
+    _, stats = _streamed(model, inputs, asdict(config), screen())
+    if stats.from_draft:
+        notes.print(legend())
+    notes.print(
+        f"{stats.tokens} tokens in {stats.rounds + 1} rounds, tau {stats.tau:.2f}, tokens/s: "
+        f"{stats.tokens_per_second:.1f} decode only, {stats.end_to_end_tokens_per_second:.1f} end to end"
+    )
+
+
+@app.command()
+@with_options
+def check(
+    choice: ModelChoice,
+    config: GenerateConfig,
+    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
+    image: Images = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of questions, one JSON object a line: prompt, and image: a path, or a list of paths, "
+            "from the file's folder."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare answers with a draft and without, token by token; exit status 1 if any differ."""
+    from specvlm.equality import compare
+
+    questions = _questions(prompt, image, prompts)
+    model = choice.load()
+    results: list[Comparison] = []
+    for number, (pictures, question) in enumerate(questions):
+        results.append(compare(model, model.prepare(pictures, question), config))
+        if not as_json:
+            print(f"prompt {number}: {_verdict(results[-1], model)}", flush=True)
+    equal = sum(result.divergence is None for result in results)
+    if as_json:
+        _print_json({"equal": equal == len(results), "prompts": [asdict(result) for result in results]})
+    else:
+        print(f"{equal} of {len(results)} equal")
+    if equal < len(results):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, and run each kernel against its reference; exit status 1 if one disagrees."""
+    from specvlm.console import screen, table
+    from specvlm.doctor import diagnose
+
+    with screen(stderr=True).status("running the kernels"):
+        diagnosis = diagnose()
+    if as_json:
+        _print_json(asdict(diagnosis) | {"healthy": diagnosis.healthy})
+    else:
+        console = screen()
+        for name, found in (diagnosis.versions | {"gpu": diagnosis.gpu}).items():
+            console.print(f"{name:14}{found or 'none'}")
+        console.print(table(("op", "ran", "largest error", "verdict"), _doctor_rows(diagnosis)))
+        for problem, ops in _problems(diagnosis).items():
+            console.print(f"{', '.join(ops)}: {problem}")
+    if not diagnosis.healthy:
+        raise typer.Exit(FAILED)
+
+
+def _speeds(rows: "Sequence[Row]") -> "Table":
+    from specvlm.console import table
+
+    columns = ("draft", "temperature", "tokens/s\ndecode only", "tokens/s\nend to end", "tau", "identical\nto AR")
+    cells = (
+        (
+            row.draft or "none (AR)",
+            f"{row.temperature:g}",
+            f"{row.decode.median:.0f}",
+            f"{row.end_to_end.median:.0f}",
+            f"{row.tau:.2f}",
+            "yes" if row.identical else "NO",
+        )
+        for row in rows
+    )
+    return table(columns, cells)
+
+
+def _doctor_rows(diagnosis: "Diagnosis") -> Iterator[tuple[str, ...]]:
+    for found in diagnosis.findings:
+        error = "" if found.error is None else f"{found.error:.1e}"
+        yield found.op, diagnosis.how, error, "agrees" if found.problem is None else "FAILS"
+
+
+def _problems(diagnosis: "Diagnosis") -> dict[str, list[str]]:
+    """What is wrong, and with which ops."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    for found in diagnosis.findings:
+        if found.problem is not None:
+            problems[found.problem].append(found.op)
+    return problems
+
+
+def _streamed(
+    model: "SpecVLM", inputs: Mapping[str, Any], options: Mapping[str, Any], console: "Console"
+) -> tuple[list[int], "Stats"]:
+    """Prints an answer as it comes; its tokens, and how it went, printing included."""
+    from specvlm.console import AnswerPrinter
+    from specvlm.stats import StatsRecorder
+
+    printer = AnswerPrinter(console, model.processor.tokenizer)
+    recorder = StatsRecorder(options["seed"])
+    tokens: list[int] = []
+    for emitted in model.stream(**inputs, **options):
+        recorder.add(emitted)
+        printer.add(emitted)
+        tokens += emitted.tokens[0]
+    printer.end()
+    return tokens, recorder.stats()
+
+
+def _text(model: "SpecVLM", tokens: list[int]) -> str:
+    return model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _questions(prompt: str | None, image: list[Path] | None, prompts: Path | None) -> list[tuple[list[Path], str]]:
+    """Pictures and question: those given, or of every line of a file."""
+    if prompt is not None and prompts is None:
+        return [(image or [], prompt)]
+    if prompt is not None or prompts is None:
+        raise ValueError("prompt: expected --prompt or --prompts, got " + ("neither" if prompt is None else "both"))
+    if image:
+        raise ValueError("image: expected pictures in the file given by --prompts, got --image besides")
+    questions = [_question(line, number, prompts) for number, line in enumerate(prompts.read_text().splitlines(), 1)]
+    if not questions:
+        raise ValueError(f"prompts: expected at least one line in {prompts}, got none")
+    return questions
+
+
+def _question(line: str, number: int, path: Path) -> tuple[list[Path], str]:
+    try:
+        entry = json.loads(line)
+        prompt, images = entry["prompt"], entry.get("image", [])
+        pictures = [path.parent / one for one in ([images] if isinstance(images, str) else images)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"prompts: expected a JSON object with a prompt in line {number} of {path}, got {line!r}"
+        ) from error
+    return pictures, prompt
+
+
+def _verdict(result: "Comparison", model: "SpecVLM") -> str:
+    found = result.divergence
+    if found is None:
+        return f"equal, {result.tokens} tokens, tau {result.tau:.2f}"
+    expected, got = (
+        "the end" if token is None else f"{token} {model.processor.tokenizer.decode([token])!r}"
+        for token in (found.expected, found.got)
+    )
+    gap = "" if found.gap is None else f", {found.gap:.3g} apart in logits"
+    return f"differs at token {found.index}: {expected} by AR, {got} with the draft{gap}"
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    print(json.dumps(found))

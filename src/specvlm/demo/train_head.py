@@ -1,0 +1,106 @@
+"""Trains the demo's EAGLE head on the demo's model: ``python -m specvlm.demo.train_head --out DIR``.
+
+Online-logit distillation on scenes of the training side, drawn as they are needed; a step's batch follows from its
+number, so a run that was killed resumes to the same weights.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specvlm.decoder import SpecVLM
+from specvlm.demo import MODEL_DIR
+from specvlm.demo.data import Encoder, picture_batch
+from specvlm.demo.grammar import TYPES, ask
+from specvlm.demo.run import tasks
+from specvlm.demo.scenes import Scene, split_scene
+from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
+from specvlm.loading import load
+from specvlm.training import Batch, DistillConfig, distill
+
+BATCH = 24
+INTERMEDIATE_SIZE = 704
+LOG_NAME = "training_log.jsonl"
+
+
+def batch_of(step: int, encoder: Encoder, size: int = BATCH) -> Batch:
+    """Questions of random types about scenes of their own, with their answers; padded at their ends."""
+    rng = Random(f"head {step}")
+    scenes: list[Scene] = []
+    rows: list[tuple[list[int], list[int]]] = []
+    while len(rows) < size:
+        scene = split_scene(rng, for_evaluation=False)
+        if (found := ask(scene, rng.choice(TYPES), rng)) is not None:
+            question, answer = encoder(*found)
+            scenes.append(scene)
+            rows.append(([*encoder.prefix, *question], answer))
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    input_ids = torch.full((size, longest), encoder.pad)
+    answers = torch.zeros(size, longest, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        input_ids[row, :end] = torch.tensor(prompt + answer)
+        answers[row, len(prompt) : end] = True
+    return Batch({"input_ids": input_ids, "pixel_values": picture_batch(scenes).pixels}, answers)
+
+
+def measured_tau(model: SpecVLM, draft: EagleDraft) -> float:
+    """Tokens a round over a few held-out descriptions, greedy."""
+    stats = [
+        model.generate(**model.prepare(task.picture, task.question), max_new_tokens=96, draft=draft).stats
+        for task in tasks(count=3, seed=1)
+    ]
+    return sum(s.tau * s.rounds for s in stats) / sum(s.rounds for s in stats)
+
+
+def train(out: Path, config: DistillConfig) -> None:
+    """Trains a head and writes it to `out`, with its log; the checkpoint lies beside `out` until it is done."""
+    model = load(MODEL_DIR)
+    torch.manual_seed(config.seed)
+    spec = model.target.spec
+    draft = EagleDraft(EagleHead(EagleConfig.for_target(spec, INTERMEDIATE_SIZE, input_layernorm=True)))
+    draft.bind(model.target)
+    encoder = Encoder(model.processor.tokenizer)
+    checkpoint = out.with_name(f"{out.name}.checkpoint.pt")
+    log = out.with_name(f"{out.name}.log.jsonl")
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns) as bar, log.open("a") as lines:
+        task = bar.add_task("starting", total=config.steps)
+        run = distill(
+            model.target,
+            draft,
+            lambda step: batch_of(step, encoder),
+            config,
+            checkpoint=checkpoint,
+            measure_tau=lambda: measured_tau(model, draft),
+        )
+        for at in run:
+            tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
+            bar.update(task, completed=at.step, description=f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
+            if at.step % config.checkpoint_every == 0 or at.step == at.steps:
+                numbers = {"loss": at.loss, "cross_entropy": at.cross_entropy, "feature": at.feature}
+                rounded = {name: round(value, 4) for name, value in (numbers | {"agreement": at.agreement}).items()}
+                lines.write(json.dumps({"step": at.step, **rounded, "tau": round(at.tau or 0.0, 3)}) + "\n")
+                lines.flush()
+    draft.head.bfloat16()
+    draft.save_pretrained(out)
+    log.replace(out / LOG_NAME)
+    checkpoint.unlink()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the head to write")
+    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps (2600)")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    train(args.out, DistillConfig(steps=args.steps, learning_rate=1e-3, feature_noise=0.1, warm_up=50))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Whether this machine runs the kernels, and runs them right.
+
+Each op is run once on a small problem and compared with its plain torch reference: on a GPU as compiled, without one
+in Triton's interpreter. The interpreter is chosen when a process starts, hence a process of its own:
+`python -m specvlm.doctor` prints the findings as JSON.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+import specvlm_kernels
+from specvlm_kernels import reference
+
+PACKAGES: Final = ("specvlm", "torch", "triton", "transformers", "numpy")
+
+#: A kernel that agrees differs by rounding: of fp32 sums in another order, or of a bf16 result.
+TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A small problem for one op.
+
+    Attributes:
+        op: its name in `specvlm_kernels`.
+        arguments: makes the arguments, the same ones each time, on the CPU, floats in the dtype given.
+        changed: arguments that the op changes in place.
+    """
+
+    op: str
+    arguments: Callable[[torch.dtype], Arguments]
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How an op did.
+
+    Attributes:
+        error: the largest difference from the reference; None: there was nothing to compare.
+        problem: what is wrong; None: nothing.
+    """
+
+    op: str
+    error: float | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything `specvlm doctor` has to say.
+
+    Attributes:
+        versions: by package; None: not installed.
+        gpu: its name, memory and compute capability; None: there is none.
+        how: how the kernels ran: "compiled" or "interpreted".
+    """
+
+    versions: dict[str, str | None]
+    gpu: str | None
+    how: str
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """No op has a problem."""
+        return all(finding.problem is None for finding in self.findings)
+
+
+def diagnose() -> Diagnosis:
+    """Looks at this machine and runs every kernel: here on a GPU, in the interpreter without one."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        return Diagnosis(versions, name, "compiled", check_kernels(torch.device("cuda"), torch.bfloat16))
+    return Diagnosis(versions, None, "interpreted", _interpreted())
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
+    """Runs every case on `device`, floats in `dtype`, against the reference on the CPU."""
+    return [_check(case, device, dtype) for case in CASES]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _interpreted() -> list[Finding]:
+    """The findings of a process that runs the kernels in Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "specvlm.doctor"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return [Finding(case.op, None, f"the interpreter's process failed: {reason}") for case in CASES]
+    return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _check(case: Case, device: torch.device, dtype: torch.dtype) -> Finding:
+    try:
+        results = [tensor.cpu() for tensor in _run(specvlm_kernels, case, dtype, device)]
+        expected = _run(reference, case, dtype, torch.device("cpu"))
+        largest = max(_difference(got, want) for got, want in zip(results, expected, strict=True))
+    except Exception as error:  # whatever a compiler or an interpreter raises is the finding
+        lines = str(error).strip().splitlines() or ["no message"]
+        return Finding(case.op, None, f"{type(error).__name__}: {lines[0]}")
+    problem = f"expected at most {TOLERANCE[dtype]:g} from the reference, got {largest:.3g}"
+    return Finding(case.op, largest, None if largest <= TOLERANCE[dtype] else problem)
+
+
+def _run(module: Any, case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What the op of `module` returns and what it changed, as a flat list."""
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.arguments(dtype).items()
+    }
+    returned = getattr(module, case.op)(**arguments)
+    changed = [arguments[name] for name in case.changed]
+    if returned is None:
+        return changed
+    return [*((returned,) if isinstance(returned, Tensor) else returned), *changed]
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    """The largest difference.
+
+    Raises:
+        ValueError: shape or dtype differ, or a difference is no number.
+    """
+    if (got.shape, got.dtype) != (want.shape, want.dtype):
+        raise ValueError(f"expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}")
+    largest = float(torch.where(got == want, 0.0, (got.double() - want.double()).abs()).max())
+    if not math.isfinite(largest):
+        raise ValueError("expected numbers that can be compared, got infinities or NaN where the reference has none")
+    return largest
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# Two prompts with trees of 20 nodes behind 37 and 61 stored positions, vocabularies and heads of odd sizes.
+_PARENTS = torch.tensor([[-1, *((i - 1) // 2 for i in range(1, 20))], list(range(-1, 19))], dtype=torch.int32)
+_KV_LEN = torch.tensor([37, 61], dtype=torch.int32)
+_POSITIONS = _KV_LEN[:, None] + torch.arange(20, dtype=torch.int32)
+_SAMPLING = {"temperature": 0.8, "seed": torch.tensor([3, 2**40 + 1])}
+_FILTERS = {"top_k": 50, "top_p": 0.9}
+
+
+def _accept_arguments(dtype: torch.dtype) -> Arguments:
+    """Half of the nodes are what their parents draw, so that there is a path to walk."""
+    shared = {"logits": _randn(2, 20, 1003, dtype=dtype), "positions": _POSITIONS} | _SAMPLING | _FILTERS
+    drawn = reference.draw(**shared).gather(1, _PARENTS.clamp(min=0).long())
+    tokens = torch.where(torch.arange(20) % 2 == 1, drawn, 1002 - drawn)
+    return {"tokens": tokens, "parents": _PARENTS} | shared
+
+
+def _attention_arguments(dtype: torch.dtype) -> Arguments:
+    return {
+        "q": _randn(2, 20, 6, 64, dtype=dtype),
+        "k_cache": _randn(2, 3, 100, 64, dtype=dtype, seed=1),
+        "v_cache": _randn(2, 3, 100, 64, dtype=dtype, seed=2),
+        "kv_len": _KV_LEN,
+        "ancestors": reference.pack_ancestors(_PARENTS),
+    }
+
+
+def _write_arguments(dtype: torch.dtype) -> Arguments:
+    caches = {name: _randn(2, 3, 100, 64, dtype=dtype, seed=i) for i, name in enumerate(("k_cache", "v_cache"))}
+    return (
+        caches
+        | {name: _randn(2, 3, 20, 64, dtype=dtype, seed=i) for i, name in enumerate("kv", 2)}
+        | {"kv_len": _KV_LEN}
+    )
+
+
+def _compact_arguments(dtype: torch.dtype) -> Arguments:
+    path = torch.full((2, 20), -1, dtype=torch.int32)
+    path[0, :3], path[1, :2] = torch.tensor([2, 5, 11]), torch.tensor([1, 4])
+    return {
+        "cache": _randn(2, 2, 2, 3, 100, 64, dtype=dtype),
+        "kv_len": _KV_LEN,
+        "path": path,
+        "length": torch.tensor([3, 2], dtype=torch.int32),
+    }
+
+
+CASES: Final = (
+    Case("pack_ancestors", lambda dtype: {"parents": _PARENTS}),
+    Case("tree_attention", _attention_arguments),
+    Case(
+        "draw",
+        lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "positions": _POSITIONS} | _SAMPLING | _FILTERS,
+    ),
+    Case("accept", _accept_arguments),
+    Case(
+        "draft_topk",
+        lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "k": 10, "positions": _POSITIONS} | _SAMPLING,
+    ),
+    Case("write_kv", _write_arguments, changed=("k_cache", "v_cache")),
+    Case("compact_kv", _compact_arguments, changed=("cache",)),
+)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(finding) for finding in check_kernels(torch.device("cpu"), torch.float32)]))
