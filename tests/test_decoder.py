@@ -154,7 +154,7 @@ def test_two_streams_do_not_disturb_each_other(specvlm, model, prompt, truth):
     other = prompt_for(model, seed=5)
     alone = specvlm.generate(**other, max_new_tokens=40, temperature=1.0).tokens
     first = specvlm.stream(**prompt, max_new_tokens=40, draft=ScriptedDraft(truth, depth=3))
-    second = specvlm.stream(**other, max_new_tokens=40, temperature=1.0, draft=NGramDraft(shortest=1))
+    second = specvlm.stream(**other, max_new_tokens=40, temperature=1.0, draft=NGramDraft())
     said: tuple[list[int], list[int]] = ([], [])
     streams = {0: first, 1: second}
     while streams:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specvlm_kernels
-from specvlm.doctor import CASES, PACKAGES, Finding, check_kernels, diagnose
+from specvlm.doctor import CASES, PACKAGES, Finding, _tensors, check_kernels, diagnose
 
 CPU = torch.device("cpu")
 
@@ -40,10 +40,8 @@ def test_a_kernel_that_does_nothing_is_found(monkeypatch, case):
     expected = getattr(specvlm_kernels, case.op)
 
     def idle(**arguments):
-        returned = expected(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
-        if returned is None or isinstance(returned, torch.Tensor):
-            return returned if returned is None else torch.zeros_like(returned)
-        return tuple(torch.zeros_like(one) for one in returned)
+        copies = {name: one.clone() if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
+        return [torch.zeros_like(tensor) for tensor in _tensors(expected(**copies))]
 
     monkeypatch.setattr(specvlm_kernels, case.op, idle)
     found = finding(case.op)

@@ -261,7 +261,7 @@ def test_a_folder_that_is_no_draft(saved, specvlm, tmp_path):
     ("settings", "message"),
     [
         ({"shortest": 0}, "shortest: expected an integer >= 1, got 0"),
-        ({"longest": 1}, "longest: expected an integer >= 2, got 1"),
+        ({"longest": 0}, "longest: expected an integer >= 1, got 0"),
         ({"depth": 128}, "depth: expected an integer from 1 to 127, got 128"),
         ({"nodes": 129}, "nodes: expected an integer from 2 to 128, got 129"),
     ],

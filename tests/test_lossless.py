@@ -38,7 +38,7 @@ def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Ten
 def drafts(answer: list[int]) -> dict[str, Draft]:
     """Every kind of draft, some of which know the `answer`."""
     return {
-        "ngram": NGramDraft(shortest=1),
+        "ngram": NGramDraft(),
         "knows": ScriptedDraft(answer, depth=5),
         "knows, branching": ScriptedDraft(answer, depth=5, decoys=2),
         "lies": ScriptedDraft(answer, depth=4, lies=True, decoys=1),

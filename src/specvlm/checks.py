@@ -7,7 +7,8 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
     """Raises a TypeError unless `value` is an integer, a ValueError unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         wanted = f">= {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}: expected an integer {wanted}, got {value}")
 

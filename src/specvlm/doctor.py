@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Final
 
 import torch
@@ -135,10 +135,18 @@ def _run(module: Any, case: Case, dtype: torch.dtype, device: torch.device) -> l
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.arguments(dtype).items()
     }
     returned = getattr(module, case.op)(**arguments)
-    changed = [arguments[name] for name in case.changed]
+    return [*_tensors(returned), *(arguments[name] for name in case.changed)]
+
+
+def _tensors(returned: Any) -> list[Tensor]:
+    """A result's tensors: of one, of several, of a dataclass, or none."""
     if returned is None:
-        return changed
-    return [*((returned,) if isinstance(returned, Tensor) else returned), *changed]
+        return []
+    if isinstance(returned, Tensor):
+        return [returned]
+    if is_dataclass(returned):
+        return [getattr(returned, part.name) for part in fields(returned)]
+    return list(returned)
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
@@ -163,13 +171,13 @@ def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 _PARENTS = torch.tensor([[-1, *((i - 1) // 2 for i in range(1, 20))], list(range(-1, 19))], dtype=torch.int32)
 _KV_LEN = torch.tensor([37, 61], dtype=torch.int32)
 _POSITIONS = _KV_LEN[:, None] + torch.arange(20, dtype=torch.int32)
-_SAMPLING = {"temperature": 0.8, "seed": torch.tensor([3, 2**40 + 1])}
-_FILTERS = {"top_k": 50, "top_p": 0.9}
+_SAMPLING: Arguments = {"temperature": 0.8, "seed": torch.tensor([3, 2**40 + 1])}
+_FILTERS: Arguments = {"top_k": 50, "top_p": 0.9}
 
 
 def _accept_arguments(dtype: torch.dtype) -> Arguments:
     """Half of the nodes are what their parents draw, so that there is a path to walk."""
-    shared = {"logits": _randn(2, 20, 1003, dtype=dtype), "positions": _POSITIONS} | _SAMPLING | _FILTERS
+    shared: Arguments = {"logits": _randn(2, 20, 1003, dtype=dtype), "positions": _POSITIONS} | _SAMPLING | _FILTERS
     drawn = reference.draw(**shared).gather(1, _PARENTS.clamp(min=0).long())
     tokens = torch.where(torch.arange(20) % 2 == 1, drawn, 1002 - drawn)
     return {"tokens": tokens, "parents": _PARENTS} | shared

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from random import Random
+from typing import cast
 
 from specvlm.demo.scenes import GRID, Object, Scene
 from specvlm.demo.wording import Category, Item, Sentence, Values
@@ -62,9 +63,9 @@ def at(cell: int, scene: Scene) -> Object | None:
     return next((item for item in scene.objects if item.cell == cell), None)
 
 
-def subject(scene: Scene, asked: Values) -> Object | None:
-    """The object that the question is about: the one at the place it names, else the one it describes."""
-    return at(asked["place"], scene) if "place" in asked else the_only(asked["np"], scene)
+def subject(scene: Scene, asked: Values) -> Object:
+    """The object that a question that `applies` is about: at the place it names, else the one it describes."""
+    return cast(Object, at(asked["place"], scene) if "place" in asked else the_only(asked["np"], scene))
 
 
 def applies(asked: Values, scene: Scene) -> bool:

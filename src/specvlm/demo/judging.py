@@ -1,6 +1,7 @@
 """Comparisons, of two objects in size and of two groups in number: first the facts, then the verdict."""
 
 from random import Random
+from typing import cast
 
 from specvlm.demo.claims import (
     SURROUNDINGS,
@@ -25,8 +26,9 @@ from specvlm.demo.wording import Category, Values
 # Which of two objects is larger.
 
 
-def _pair(scene: Scene, asked: Values) -> tuple[Object | None, Object | None]:
-    return the_only(asked["np"], scene), the_only(asked["np2"], scene)
+def _pair(scene: Scene, asked: Values) -> tuple[Object, Object]:
+    """The two that are compared: a question that applies names one object each."""
+    return cast(Object, the_only(asked["np"], scene)), cast(Object, the_only(asked["np2"], scene))
 
 
 def _true_size(scene: Scene, asked: Values, values: Values) -> bool:
@@ -35,8 +37,9 @@ def _true_size(scene: Scene, asked: Values, values: Values) -> bool:
 
 
 def _true_sizes(scene: Scene, asked: Values, values: Values) -> bool:
-    first, second = the_only(values["np"], scene), the_only(values["np2"], scene)
-    return (first, second) == _pair(scene, asked) and (first.size, second.size) == (values["size"], values["size2"])
+    first, second = _pair(scene, asked)
+    named = the_only(values["np"], scene), the_only(values["np2"], scene)
+    return named == (first, second) and (first.size, second.size) == (values["size"], values["size2"])
 
 
 def _true_bigger(scene: Scene, asked: Values, values: Values) -> bool:

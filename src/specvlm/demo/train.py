@@ -38,11 +38,13 @@ class Recipe:
 
     vision_steps: int = 1200
     steps: int = 3000
+    polish_steps: int = 600
     seed: int = 0
     vision_batch: int = 48
     batch: int = 10
     vision_lr: float = 1e-3
     lr: float = 2e-3
+    polish_lr: float = 1e-3
     fact_weight: float = 2.0
     warm_up: int = 50
     flat_share: float = 0.4
@@ -50,7 +52,13 @@ class Recipe:
 
     @property
     def total(self) -> int:
-        return self.vision_steps + self.steps
+        return self.vision_steps + self.steps + self.polish_steps
+
+    def phase(self, step: int) -> str:
+        """What a step learns: "cells", then "answers", then answers again as a "polish"."""
+        if step < self.vision_steps:
+            return "cells"
+        return "answers" if step < self.vision_steps + self.steps else "polish"
 
 
 class CellHeads(nn.Module):
@@ -82,6 +90,7 @@ class Trainer:
         self.vision_tower = torch.compile(self.model.model.vision_tower, dynamic=False)
         self.language_model = torch.compile(self.model.model.language_model, dynamic=False)
         self.optimizers = {"cells": self._vision_optimizers(), "answers": self._language_optimizers()}
+        self.optimizers["polish"] = self._language_optimizers()
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict[str, float]] = []
@@ -89,7 +98,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; returns its losses."""
         recipe = self.recipe
-        phase = "cells" if self.step < recipe.vision_steps else "answers"
+        phase = recipe.phase(self.step)
         seed = f"{recipe.seed} {self.step}"
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if phase == "cells":
@@ -133,7 +142,8 @@ class Trainer:
         return [torch.optim.AdamW(parameters, lr=self.recipe.vision_lr, betas=(0.9, 0.98), weight_decay=0.01)]
 
     def _language_optimizers(self) -> list[torch.optim.Optimizer]:
-        hidden, others = [], []
+        hidden: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if "vision_tower" in name:
                 continue
@@ -167,21 +177,26 @@ class Trainer:
 
     def _update(self, phase: str) -> None:
         scale = self._schedule()
+        peak = {"cells": self.recipe.vision_lr, "answers": self.recipe.lr, "polish": self.recipe.polish_lr}[phase]
         for optimizer in self.optimizers[phase]:
             for group in optimizer.param_groups:
                 parameters = [p for p in group["params"] if p.grad is not None]
                 nn.utils.clip_grad_norm_(parameters, 1.0)
-                group["lr"] = scale * (self.recipe.vision_lr if phase == "cells" else self.recipe.lr)
+                group["lr"] = scale * peak
             optimizer.step()
         self.model.zero_grad()
         self.heads.zero_grad()
 
     def _schedule(self) -> float:
-        """Share of the peak learning rate: cosine for the vision tower, then warm-up, plateau and a line to zero."""
+        """Share of the phase's peak learning rate: cosine for the vision tower, then warm-up, plateau and a line to
+        zero; the polish, whose optimizers start anew, warms up once more and falls along a line."""
         recipe = self.recipe
         if self.step < recipe.vision_steps:
             return 0.5 + 0.5 * math.cos(math.pi * self.step / recipe.vision_steps)
         done = self.step - recipe.vision_steps
+        if done >= recipe.steps:
+            done -= recipe.steps
+            return min((done + 1) / recipe.warm_up, (recipe.polish_steps - done) / recipe.polish_steps)
         left = (recipe.steps - done) / ((1 - recipe.flat_share) * recipe.steps)
         return min(1.0, (done + 1) / recipe.warm_up, left)
 

@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,9 +21,10 @@ from specvlm.demo.run import tasks
 from specvlm.demo.scenes import Scene, split_scene
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
 from specvlm.loading import load
+from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, distill
 
-BATCH = 24
+BATCH = 16
 INTERMEDIATE_SIZE = 704
 LOG_NAME = "training_log.jsonl"
 
@@ -60,6 +62,7 @@ def measured_tau(model: SpecVLM, draft: EagleDraft) -> float:
 def train(out: Path, config: DistillConfig) -> None:
     """Trains a head and writes it to `out`, with its log; the checkpoint lies beside `out` until it is done."""
     model = load(MODEL_DIR)
+    target = cast(HFTarget, model.target)
     torch.manual_seed(config.seed)
     spec = model.target.spec
     draft = EagleDraft(EagleHead(EagleConfig.for_target(spec, INTERMEDIATE_SIZE, input_layernorm=True)))
@@ -71,7 +74,7 @@ def train(out: Path, config: DistillConfig) -> None:
     with Progress(*columns) as bar, log.open("a") as lines:
         task = bar.add_task("starting", total=config.steps)
         run = distill(
-            model.target,
+            target,
             draft,
             lambda step: batch_of(step, encoder),
             config,
@@ -96,10 +99,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the head to write")
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps (2600)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (1000)")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    train(args.out, DistillConfig(steps=args.steps, learning_rate=1e-3, feature_noise=0.1, warm_up=50))
+    train(args.out, DistillConfig(steps=args.steps, learning_rate=2e-3, feature_noise=0.1, warm_up=50))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ def _read_tally(text: str) -> tuple[int, Category]:
 
 def _read_item(text: str) -> Item:
     found = re.fullmatch(rf"an? ({_SINGULAR})(?: ({_either('place')}))?", text)
+    assert found is not None, "the pattern that found the text is made of the same parts"
     return Item(_read_category(found[1]), None if found[2] is None else _VALUES["place"][found[2]])
 
 

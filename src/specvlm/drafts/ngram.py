@@ -24,7 +24,7 @@ class NGramDraft:
     """
 
     longest: int = 4
-    shortest: int = 2
+    shortest: int = 1
     depth: int = 7
     nodes: int = 8
 

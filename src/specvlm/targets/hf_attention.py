@@ -81,9 +81,9 @@ AttentionInterface.register(ATTENTION, _attention)
 class _SlabLayer(CacheLayerMixin):
     """One layer's part of a slab, as transformers' cache: new tokens go to slots first_slot and on."""
 
-    def __init__(self, slab: Tensor, first_slot: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, first_slot: Tensor) -> None:
         super().__init__()
-        self.keys, self.values = slab[0], slab[1]
+        self.keys, self.values = keys, values
         self._first_slot = first_slot
         self.is_initialized = True
 
@@ -109,7 +109,8 @@ class _SlabLayer(CacheLayerMixin):
 def slab_cache(slab: Tensor, step: AttentionStep) -> Cache:
     """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes where `step` says."""
     first_slot = step.kv_len if step.first_slot is None else step.first_slot
-    return Cache(layers=[_SlabLayer(layer, first_slot) for layer in slab])
+    keys, values = (half.unbind() for half in slab.unbind(1))
+    return Cache(layers=[_SlabLayer(k, v, first_slot) for k, v in zip(keys, values, strict=True)])
 
 
 @contextlib.contextmanager

@@ -52,16 +52,21 @@ def tree_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     words, lengths = tuple(ancestors.flatten().tolist()), tuple(kv_len.tolist())
     length, mask, unseen, blind = _visibility(words, lengths, queries, group, capacity, dtype, q.device)
-    # As in the kernel, the heads of a group are rows of one product.
-    rows = q.view(batch, queries, kv_heads, group, head_dim).transpose(1, 2)
-    rows = rows.reshape(batch, kv_heads, queries * group, head_dim)
+    if group == 1:
+        rows = q.transpose(1, 2)
+    else:  # as in the kernel, the heads of a group are rows of one product
+        rows = q.view(batch, queries, kv_heads, group, head_dim).transpose(1, 2)
+        rows = rows.reshape(batch, kv_heads, queries * group, head_dim)
     k, v = k_cache.narrow(2, 0, length), v_cache.narrow(2, 0, length)
     if q.dtype != dtype:
         rows, k, v = rows.to(dtype), k.to(dtype), v.to(dtype)
     if unseen is not None:
         k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scale)
-    out = out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).reshape(q.shape)
+    if group == 1:
+        out = out.transpose(1, 2)
+    else:
+        out = out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).reshape(q.shape)
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return out.to(q.dtype).contiguous()
