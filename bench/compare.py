@@ -31,10 +31,10 @@ COLUMNS = (
 
 
 def demo_drafts(head: Path | None) -> dict[str | None, Draft | None]:
-    """AR, n-gram, the EAGLE head with shared noise, and the same head growing the usual tree."""
-    from specvlm.demo import HEAD_DIR
-
-    eagle = EagleDraft.from_pretrained(head or HEAD_DIR)
+    """AR and n-gram; with a head, EAGLE with shared noise, and the same head growing the usual tree."""
+    if head is None:
+        return {None: None, "ngram": NGramDraft()}
+    eagle = EagleDraft.from_pretrained(head)
     usual = EagleDraft(eagle.head, eagle.plan, shared_noise=False)
     return {None: None, "ngram": NGramDraft(), "eagle": eagle, "eagle, usual tree": usual}
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="repeats a condition (5)")
     parser.add_argument("--prompts", type=int, default=6, help="held-out scenes to describe (6)")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens an answer (96)")
-    parser.add_argument("--head", type=Path, help="an EAGLE head's folder (the one that ships)")
+    parser.add_argument("--head", type=Path, help="an EAGLE head's folder, to be compared too")
     parser.add_argument("--nodes", type=int, help="nodes of the EAGLE trees")
     parser.add_argument("--depth", type=int, help="depth of the EAGLE trees")
     parser.add_argument("--width", type=int, help="width of the EAGLE trees")

@@ -26,8 +26,8 @@ def load(
 
     Args:
         target: a folder or hub id in transformers' format, or "demo", the model that ships.
-        draft: the name of a draft without weights ("ngram"), "demo", a folder or a hub id; None: the one that
-            ships, for the shipped target, else none.
+        draft: the name of a draft without weights ("ngram"), a folder or a hub id; None: "ngram" for the shipped
+            target, else none.
         dtype: "float32", "float16" or "bfloat16"; None: bfloat16 on a GPU, float32 on a CPU.
         device: None: the GPU if there is one, else the CPU.
 
@@ -46,7 +46,7 @@ def load(
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     precision = wanted or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if str(target) == "demo":
-        target, draft = MODEL_DIR, "demo" if draft is None else draft
+        target, draft = MODEL_DIR, "ngram" if draft is None else draft
     return SpecVLM(_model(target, precision).to(place), draft=draft, processor=_processor(target))
 
 

@@ -6,7 +6,6 @@ from typing import Final
 
 from PIL import Image
 
-from specvlm.demo import HEAD_DIR
 from specvlm.demo.grammar import ask, check
 from specvlm.demo.scenes import GRID, Scene, render, split_scene
 from specvlm.drafts import Draft, load_draft
@@ -58,7 +57,7 @@ def tasks(count: int = QUESTIONS, seed: int = 0) -> list[Task]:
 
 def demo_drafts() -> dict[str | None, Draft | None]:
     """Every draft that ships, by name, behind autoregressive decoding."""
-    return {None: None, "ngram": load_draft("ngram"), "eagle": load_draft(HEAD_DIR)}
+    return {None: None, "ngram": load_draft("ngram")}
 
 
 def _place(cell: int) -> str:

@@ -275,7 +275,7 @@ def _save(
     shutil.rmtree(work)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Ask glibc not to hand freed tensors back to the kernel: faulting them in again costs half of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -296,7 +296,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(2)
-    _keep_freed_memory()
+    keep_freed_memory()
     train(arguments.out, Recipe(arguments.vision_steps, arguments.steps, arguments.seed))
 
 

@@ -19,12 +19,13 @@ from specvlm.demo.data import Encoder, picture_batch
 from specvlm.demo.grammar import TYPES, ask
 from specvlm.demo.run import tasks
 from specvlm.demo.scenes import Scene, split_scene
+from specvlm.demo.train import keep_freed_memory
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
 from specvlm.loading import load
 from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, distill
 
-BATCH = 16
+BATCH = 12
 INTERMEDIATE_SIZE = 704
 LOG_NAME = "training_log.jsonl"
 
@@ -99,10 +100,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the head to write")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (1000)")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps (700)")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    train(args.out, DistillConfig(steps=args.steps, learning_rate=2e-3, feature_noise=0.1, warm_up=50))
+    keep_freed_memory()
+    train(
+        args.out,
+        DistillConfig(steps=args.steps, learning_rate=2e-3, feature_noise=0.1, warm_up=50, checkpoint_every=100),
+    )
 
 
 if __name__ == "__main__":

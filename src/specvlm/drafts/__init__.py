@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from specvlm.demo import HEAD_DIR
 from specvlm.drafts.base import Draft, DraftSession, NoDraft
 from specvlm.drafts.eagle import EagleConfig, EagleDraft, EagleHead
 from specvlm.drafts.ngram import NGramDraft, NGramSession
@@ -30,14 +29,14 @@ __all__ = [
 
 
 def load_draft(draft: str | Path) -> Draft:
-    """A draft by the name of one without weights, "demo" (the shipped head), from a folder or a hub id, in that order.
+    """A draft by the name of one without weights, from a folder, or from a hub id, in that order.
 
     Raises:
         ValueError: nothing of that name is there, or its config.json names no draft that we know.
     """
     if str(draft) in BY_NAME:
         return BY_NAME[str(draft)]()
-    folder = HEAD_DIR if str(draft) == "demo" else Path(draft)
+    folder = Path(draft)
     if not folder.is_dir():
         folder = _from_hub(str(draft))
     config = folder / "config.json"
@@ -59,7 +58,7 @@ def _from_hub(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"draft: expected {_one_of(BY_NAME)} or 'demo', a folder or a hub id, got {name!r} ({reason})"
+            f"draft: expected {_one_of(BY_NAME)}, a folder or a hub id, got {name!r} ({reason})"
         ) from error
 
 
