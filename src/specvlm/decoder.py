@@ -156,7 +156,7 @@ class SpecVLM:
         pictures = [open_picture(one) for one in (image if isinstance(image, list | tuple) else [image])]
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(self.processor(images=pictures, text=text, return_tensors="pt"))
+        return dict(self.processor(images=pictures or None, text=text, return_tensors="pt"))
 
     def _decode(self, kwargs: dict[str, Any], draft: Draft | str | Path | None) -> tuple[Iterator[Emitted], int]:
         """The rounds of one answer, and its seed."""

@@ -38,7 +38,10 @@ def load(
         >>> model = specvlm.load("demo")
         >>> model.ask("scene.png", "What is in the picture?")
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cuda or cpu, got {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that is there, got {str(place)!r}, and torch finds no GPU")
     if isinstance(dtype, str) and dtype not in DTYPES:

@@ -146,7 +146,7 @@ def test_kernel_gives_the_formula(device, case):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=problems(128, (torch.float32, torch.float16)))
 def test_kernel_gives_the_formula_on_larger_trees(device, case):
     check_kernel(case, device)

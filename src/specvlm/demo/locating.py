@@ -79,6 +79,13 @@ WHERE = Form(
     has_one_of(_PLACES),
 )
 
+
+def _true_share(scene: Scene, asked: Values, values: Values) -> bool:
+    """How many objects have the colour that was asked for."""
+    item = subject(scene, asked)
+    return values["tally"][1] == Category(colour=item.colour) and true_count(scene, asked, values)
+
+
 _COLOURS = sentences(
     true_of_subject,
     "It is {colour}.",
@@ -102,7 +109,7 @@ _POSITIONS = sentences(
 )
 _LOOKS = sentences(true_of_subject, "It is a {size} {shape}.", "It is {a}.", "The {noun} is {size}.")
 _SAME_COLOUR = sentences(
-    true_count, "In all there {be} {tally} in the {picture}.", "The {picture} shows {tally} in total."
+    _true_share, "In all there {be} {tally} in the {picture}.", "The {picture} shows {tally} in total."
 )
 
 
