@@ -86,5 +86,9 @@ def test_a_sample_of_answers(model, processor, pictures, least, most):
 
 
 @pytest.mark.slow
-def test_the_measured_accuracy_meets_the_bar():
-    assert meets_the_bar(evaluate(MODEL_DIR, per_type=60, seed=2))
+def test_the_recorded_accuracy_is_what_is_measured():
+    report = json.loads((MODEL_DIR / REPORT_NAME).read_text())
+    measured = evaluate(MODEL_DIR, per_type=report["questions_per_type"], seed=report["seed"])
+    assert meets_the_bar(measured)
+    for pictures, shares in report["accuracy"].items():
+        assert measured[pictures] == pytest.approx(shares, abs=0.04), "another machine may round a few answers away"
