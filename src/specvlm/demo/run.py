@@ -13,6 +13,7 @@ from specvlm.drafts import Draft, load_draft
 PICTURE_SIDE: Final = 432
 QUESTIONS: Final = 2
 REPEATS: Final = 3
+SECONDS: Final = 8.0  # after which no repeat begins
 TEMPERATURES: Final = (0.0, 1.0)
 MAX_NEW_TOKENS: Final = 128
 
