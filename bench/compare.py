@@ -6,6 +6,8 @@ it with a plot and JSON lines to `--out`, and ends in one line of JSON.
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,7 +85,8 @@ def report(rows: Sequence[Row], about: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = "# Drafts on the shipped model\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
-    text += "\nMedians with quartiles; repeat with `python -m bench.compare`.\n\n" + table(rows) + "\n"
+    command = shlex.join(["python", "-m", "bench.compare", *sys.argv[1:]])
+    text += f"\nMedians with quartiles; repeat with `{command}`.\n\n" + table(rows) + "\n"
     (out / "compare.md").write_text(text + "\n![speed and tau against temperature](compare.png)\n")
     plot(rows, out / "compare.png")
     (out / "compare.jsonl").write_text("".join(json.dumps(about | asdict(row)) + "\n" for row in rows))

@@ -12,7 +12,6 @@ import pytest
 
 from specvlm import GenerateConfig, SpecVLM, load
 from specvlm.cli import main
-from specvlm.demo import MODEL_DIR
 from specvlm.doctor import Diagnosis, Finding
 from specvlm.equality import Comparison, Divergence
 from tests.fakes import picture, tiny_llava, tiny_processor
@@ -230,7 +229,6 @@ def test_a_process_of_its_own_shows_no_traceback(start):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not MODEL_DIR.is_dir(), reason="the demo's model is not there")
 class TestDemo:
     def test_rows_for_machines(self, run, tmp_path):
         status, out, err = run("demo", "--json", "--picture", tmp_path / "scene.png")

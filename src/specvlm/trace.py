@@ -21,14 +21,10 @@ class Trace:
     Attributes:
         draft: in `DraftSession.propose`, the head's forwards and the tree's growth.
         verify: in `Target.verify`.
-        nodes: tree rows verified, unused ones included.
-        rounds: trees verified.
     """
 
     draft: float = 0.0
     verify: float = 0.0
-    nodes: int = 0
-    rounds: int = 0
 
 
 class TracedTarget:
@@ -56,8 +52,6 @@ class TracedTarget:
         started = _now(self.spec.device)
         scores = self._target.verify(tree, state)
         self._trace.verify += _now(self.spec.device) - started
-        self._trace.nodes += tree.tokens.shape[1]
-        self._trace.rounds += 1
         return scores
 
 
