@@ -3,8 +3,8 @@
     python -m bench.kernels
 
 Every op is first held against its reference; a wrong one is not timed. A measurement is a CUDA graph that runs the op
-over many layers (or caches, or batches of logits) in turn, as a decoder does: so the host's share is out of it, and KV
-is read from memory, not from the L2 cache. The last line is JSON.
+over many layers (or places in caches, or batches of logits) in turn, as a decoder does: so the host's share is out of
+it, and KV is read from memory, not from the L2 cache. The last line is JSON.
 """
 
 import itertools
@@ -22,11 +22,14 @@ from bench.machine import machine
 from specvlm_kernels import accept, compact_kv, draft_topk, draw, pack_ancestors, reference, tree_attention
 from specvlm_kernels.reference.acceptance import perturbed
 
-#: Inputs that a measurement walks through: several times any L2 cache. One node's logits (64 KB) stay inside it even
-#: so, as they do behind a head's product.
+#: What a measurement walks through before it comes back: several times any L2 cache. One node's logits (64 KB) stay
+#: inside it even so, as they do behind a head's product.
 ROTATION_BYTES, MOST_TURNS = 1 << 30, 256
 REPEATS, WARM_UP = 50, 5
 TREE_SEED = 0
+
+#: How far scores may be off; proposed tokens are compared where scores lie further apart.
+SCORE_GAP = 1e-3
 
 MODELS = {"7B": (32, 32), "13B": (40, 40), "GQA 32/8": (32, 8)}  # query heads, KV heads; head dimension 128
 CONTEXTS = (600, 2048, 8192)
@@ -97,7 +100,7 @@ def bench_tree_attention(model: str, context: int, nodes: int) -> Result:
     capacity = triton.next_power_of_2(context + nodes)
     length = context + nodes
     layer_bytes = 2 * 2 * kv_heads * length * head_dim
-    layers = max(2, min(32, math.ceil(ROTATION_BYTES / layer_bytes)))
+    layers = math.ceil(ROTATION_BYTES / layer_bytes)
     slab = torch.randn(layers, 2, 1, kv_heads, capacity, head_dim, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(1, nodes, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     kv_len = torch.tensor([context], dtype=torch.int32, device="cuda")
@@ -126,29 +129,36 @@ def bench_tree_attention(model: str, context: int, nodes: int) -> Result:
 
 
 def bench_compact_kv(model: str) -> Result:
-    kv_heads, head_dim, layers, turns = MODELS[model][1], 128, 32, 16
-    caches = torch.randn(turns, layers, 2, 1, kv_heads, 640, head_dim, device="cuda", dtype=torch.bfloat16)
-    kv_len = torch.tensor([600], dtype=torch.int32, device="cuda")
+    kv_heads, head_dim, layers, capacity, reach = MODELS[model][1], 128, 32, 640, 32
     nodes = [2, 5, 11, 30]
     path = torch.tensor([nodes + [-1] * 60], dtype=torch.int32, device="cuda")
     length = torch.tensor([len(nodes)], dtype=torch.int32, device="cuda")
-    source = 600 + torch.tensor(nodes, device="cuda")
-    target = 601 + torch.arange(len(nodes), device="cuda")
+    moved = 2 * 2 * layers * 2 * kv_heads * len(nodes) * head_dim
+    # A path is a few rows of a cache: so each turn has its own place in one, `reach` slots from the next.
+    starts = torch.arange(0, capacity, reach, dtype=torch.int32, device="cuda")[:, None]
+    count = math.ceil(ROTATION_BYTES / (moved * len(starts)))
+    caches = torch.randn(count, layers, 2, 1, kv_heads, capacity, head_dim, device="cuda", dtype=torch.bfloat16)
+    sources = starts + torch.tensor(nodes, device="cuda")
+    targets = starts + torch.arange(1, 1 + len(nodes), device="cuda")
 
     ours, theirs = caches[0].clone(), caches[0].clone()
-    compact_kv(ours, kv_len, path, length)
-    reference.compact_kv(theirs, kv_len, path, length)
+    compact_kv(ours, starts[-1], path, length)
+    reference.compact_kv(theirs, starts[-1], path, length)
     require(torch.equal(ours, theirs), "compact_kv moved wrongly")
 
-    def indexed(turn: int) -> None:
-        caches[turn].index_copy_(4, target, caches[turn].index_select(4, source))
+    def compacted(turn: int) -> None:
+        compact_kv(caches[turn // len(starts)], starts[turn % len(starts)], path, length)
 
-    moved = 2 * 2 * layers * 2 * kv_heads * len(nodes) * head_dim
+    def indexed(turn: int) -> None:
+        cache, place = caches[turn // len(starts)], turn % len(starts)
+        cache.index_copy_(4, targets[place], cache.index_select(4, sources[place]))
+
+    turns = count * len(starts)
     return Result(
         "compact_kv",
         f"{model}, {layers} layers, {len(nodes)} rows",
         moved,
-        timed(lambda turn: compact_kv(caches[turn], kv_len, path, length), turns),
+        timed(compacted, turns),
         timed(indexed, turns),
         "index_select, index_copy",
     )
@@ -160,12 +170,20 @@ def bench_draws(nodes: int, temperature: float, top_k: int, top_p: float) -> lis
     positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
     parents, seed = random_parents(nodes), torch.tensor([7], device="cuda")
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    tokens = torch.randint(0, VOCABULARY, (1, nodes), device="cuda")
 
     drawn = draw(logits[0], positions, **options)
     noisy = perturbed(logits[0].float(), positions, temperature, top_k, top_p, seed if temperature else None)
     lost = noisy.amax(-1) - noisy.gather(-1, drawn[..., None])[..., 0]
     require(bool((lost <= 1e-4).all()), f"draw missed the best by {lost.max()}")
+
+    # Every node is its parent's draw, so there is a path to walk. The reference walks along the same draws.
+    above = parents.clamp(min=0).long()
+    tokens = [draw(batch, positions, **options).gather(1, above) for batch in logits]
+    walk = accept(logits[0], tokens[0], parents, positions, **options)
+    expected = reference.accept(F.one_hot(drawn, VOCABULARY).float(), tokens[0], parents, positions)
+    for name in ("path", "length", "next_token"):
+        require(torch.equal(getattr(walk, name), getattr(expected, name)), f"accept is wrong in {name}")
+    require(nodes == 1 or bool((walk.length > 0).all()), "accept had no path to walk")
 
     def plain(turn: int) -> torch.Tensor:
         if not temperature:
@@ -189,7 +207,7 @@ def bench_draws(nodes: int, temperature: float, top_k: int, top_p: float) -> lis
             "accept",
             shape,
             read,
-            timed(lambda i: accept(logits[i], tokens, parents, positions, **options), turns),
+            timed(lambda i: accept(logits[i], tokens[i], parents, positions, **options), turns),
             baseline,
             "torch, draws alone",
         ),
@@ -201,9 +219,12 @@ def bench_draft_topk(nodes: int, k: int, temperature: float) -> Result:
     logits = 3 * torch.randn(turns, 1, nodes, VOCABULARY, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
     options: dict[str, Any] = {"temperature": temperature, "seed": torch.tensor([7], device="cuda")}
-    _, scores = draft_topk(logits[0], k, positions, **options)
-    _, exact = reference.draft_topk(logits[0], k, positions, **options)
-    require(bool((scores - exact).abs().max() <= 1e-3), "draft_topk scores are off")
+    tokens, scores = draft_topk(logits[0], k, positions, **options)
+    best, exact = reference.draft_topk(logits[0], k + 1, positions, **options)
+    require(bool((scores - exact[..., :k]).abs().max() <= SCORE_GAP), "draft_topk scores are off")
+    wide = exact[..., :-1] - exact[..., 1:] > SCORE_GAP  # after each of the k
+    clear = wide & F.pad(wide[..., :-1], (1, 0), value=True)
+    require(bool((tokens == best[..., :k])[clear].all()), "draft_topk proposes other tokens")
     return Result(
         "draft_topk",
         f"{nodes} nodes, k {k}, V {VOCABULARY}, temperature {temperature:g}",

@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: What the kernels compute in; the references, and a cache whose rows are only moved, take fp64 too.
+KERNEL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*KERNEL_FLOATS, torch.float64)
+
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_tensor(
@@ -35,15 +39,15 @@ def check_tensor(
     # Plain loops and few objects: a decoder comes through here in every layer.
     got = x.shape
     fits = len(got) == len(shape)
-    if fits:
+    if fits and got != shape:
         for want, size in zip(shape, got, strict=True):
             if want != size and isinstance(want, int):
                 fits = False
     if not fits:
         wanted = ", ".join("*" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(got)}")
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    if x.dtype not in dtypes:
+    if x.dtype is not dtype and (isinstance(dtype, torch.dtype) or x.dtype not in dtype):
+        dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: expected dtype {wanted}, got {str(x.dtype).removeprefix('torch.')}")
     if device is not None and x.device != device:
@@ -61,6 +65,30 @@ def check_range(name: str, x: torch.Tensor, low: int, high: int) -> None:
             raise ValueError(f"{name}: expected values in [{low}, {high}), got [{least}, {most}]")
 
 
+def check_whole(name: str, x: object, low: int, high: int, step: int = 1) -> None:
+    """Checks that `x` is a whole number from `low` to `high`, and a multiple of `step`."""
+    if not isinstance(x, int) or not low <= x <= high or x % step:
+        kind = "whole number" if step == 1 else f"multiple of {step}"
+        raise ValueError(f"{name}: expected a {kind} from {low} to {high}, got {x!r}")
+
+
+def check_finite(name: str, x: object) -> None:
+    """Checks that `x` is a number, and neither infinite nor NaN."""
+    if not isinstance(x, (int, float)) or not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite number, got {x!r}")
+
+
+def check_forward_only(**tensors: torch.Tensor) -> None:
+    """Checks that nobody waits for a gradient through these tensors: a kernel gives none."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor that needs no gradient, or torch.no_grad(), since the kernel is "
+                    "forward only; got requires_grad=True"
+                )
+
+
 def check_rows_contiguous(name: str, x: torch.Tensor) -> None:
     """Checks that neighbours on the last axis are neighbours in memory; the other strides are free."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
@@ -69,11 +97,24 @@ def check_rows_contiguous(name: str, x: torch.Tensor) -> None:
 
 def check_parents(parents: torch.Tensor) -> None:
     """Checks -1 <= parents[b, i] < i on a CPU tensor [B, N]; a GPU tensor passes unread."""
-    if parents.is_cpu:
+    if parents.is_cpu and parents.shape[1:] != (1,):
         bad = (parents >= torch.arange(parents.shape[1], dtype=torch.int32)) | (parents < -1)
         if bad.any():
             i_b, i = bad.nonzero()[0].tolist()
             raise ValueError(f"parents: expected parents[b, i] in [-1, i), got parents[{i_b}, {i}] = {parents[i_b, i]}")
+    elif parents.is_cpu:  # trees of one node, which autoregressive decoding sends every round
+        for i_b, (parent,) in enumerate(parents.tolist()):
+            if parent != -1:
+                raise ValueError(f"parents: expected parents[b, i] in [-1, i), got parents[{i_b}, 0] = {parent}")
+
+
+def check_path(path: torch.Tensor, length: torch.Tensor) -> None:
+    """Checks 1 <= path[b, 0] < path[b, 1] < ... up to length[b] on CPU tensors; GPU tensors pass unread."""
+    if path.is_cpu:
+        for nodes, count in zip(path.tolist(), length.tolist(), strict=True):
+            taken = nodes[:count]
+            if any(low >= high for low, high in zip([0, *taken], taken, strict=False)):
+                raise ValueError(f"path: expected node indices that ascend from at least 1, got {taken}")
 
 
 def check_setting(
@@ -116,8 +157,7 @@ def check_sampling(
     check_setting(
         "temperature", temperature, batch, device, torch.float32, "a finite number >= 0", lambda t: 0 <= t < math.inf
     )
-    integers = (torch.int64, torch.int32)
-    check_setting("top_k", top_k, batch, device, integers, "a whole number >= 0", lambda k: k >= 0 and k % 1 == 0)
+    check_setting("top_k", top_k, batch, device, INTEGERS, "a whole number >= 0", lambda k: k >= 0 and k % 1 == 0)
     check_setting("top_p", top_p, batch, device, torch.float32, "a number in (0, 1]", lambda p: 0 < p <= 1)
     if seed is not None:
         check_tensor("seed", seed, (batch,), torch.int64, device)

@@ -14,8 +14,8 @@ import triton
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-def takes_kernel(x: torch.Tensor) -> bool:
-    """True when a call on `x` runs the Triton kernel, False when it runs the reference.
+def takes_kernel(name: str, x: torch.Tensor) -> bool:
+    """True when a call on `x`, the argument `name`, runs the Triton kernel, False when it runs the reference.
 
     Raises:
         ValueError: `x` lies on a device that is neither CUDA (or HIP) nor CPU.
@@ -24,7 +24,7 @@ def takes_kernel(x: torch.Tensor) -> bool:
         return True
     if x.device.type == "cpu":
         return INTERPRETED
-    raise ValueError(f"expected a tensor on a cuda or cpu device, got {x.device}")
+    raise ValueError(f"{name}: expected a tensor on a cuda or cpu device, got {x.device}")
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import check_parents, check_range, check_sampling, check_tensor
+from ._checks import FLOATS, INTEGERS, KERNEL_FLOATS, check_parents, check_range, check_sampling, check_tensor
 from ._dispatch import on_device, takes_kernel
 from .noise import race_tile
 from .reference import acceptance as reference
@@ -40,9 +40,6 @@ SEARCH_TILE = 8192
 
 #: Rows whose draws one program merges.
 MERGE_ROWS = 16
-
-KERNEL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-REFERENCE_FLOATS = (*KERNEL_FLOATS, torch.float64)
 
 LEAST_32 = tl.constexpr(-(2**31))
 LARGEST_32 = tl.constexpr(2**31 - 1)
@@ -247,12 +244,11 @@ def launch_border(
     temperature: float | torch.Tensor,
     top_k: int | torch.Tensor,
     top_p: float | torch.Tensor,
-    tile: int = SEARCH_TILE,
 ) -> torch.Tensor:
     """The lowest w of each row that both filters leave, as an order-preserving int32: [B, N]."""
     batch, nodes, vocabulary = logits.shape
     border = torch.empty((batch, nodes), dtype=torch.int32, device=logits.device)
-    tile = min(tile, max(16, triton.next_power_of_2(vocabulary)))
+    tile = min(SEARCH_TILE, max(16, triton.next_power_of_2(vocabulary)))
     per_row = [isinstance(x, torch.Tensor) for x in (temperature, top_k, top_p)]
     _border_kernel[(batch * nodes,)](
         logits, argument(temperature, float), argument(top_k, int), argument(top_p, float), border,
@@ -270,11 +266,10 @@ def launch_draw(
     temperature: float | torch.Tensor,
     seed: torch.Tensor | None,
     border: torch.Tensor | None,
-    tile: int = TILE,
 ) -> torch.Tensor:
     """The best packed key of each tile of each row: [B, N, tiles] int64. No seed: temperature is 0 on every row."""
     batch, nodes, vocabulary = logits.shape
-    tile = min(tile, max(16, triton.next_power_of_2(vocabulary)))
+    tile = min(TILE, max(16, triton.next_power_of_2(vocabulary)))
     tiles = triton.cdiv(vocabulary, tile)
     keys = torch.empty((batch, nodes, tiles), dtype=torch.int64, device=logits.device)
     _draw_kernel[(batch * nodes, tiles)](
@@ -334,14 +329,14 @@ def check_draw(
     seed: torch.Tensor | None,
 ) -> bool:
     """Checks what `draw`, `accept` and `draft_topk` share; True where a kernel serves."""
-    check_tensor("logits", logits, ("B", "N", "V"), REFERENCE_FLOATS)
-    kernel = takes_kernel(logits)
+    check_tensor("logits", logits, ("B", "N", "V"), FLOATS)
+    kernel = takes_kernel("logits", logits)
     if kernel:
         check_tensor("logits", logits, ("B", "N", "V"), KERNEL_FLOATS)
     batch, nodes, vocabulary = logits.shape
     if vocabulary == 0:
         raise ValueError(f"logits: expected at least one token, got shape {list(logits.shape)}")
-    check_tensor("positions", positions, (batch, nodes), (torch.int32, torch.int64), logits.device)
+    check_tensor("positions", positions, (batch, nodes), INTEGERS, logits.device)
     check_range("positions", positions, 0, 2**62)
     check_sampling(temperature, top_k, top_p, seed, batch, logits.device)
     return kernel

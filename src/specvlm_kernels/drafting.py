@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import check_range, check_tensor
+from ._checks import check_range, check_tensor, check_whole
 from ._dispatch import on_device
 from .acceptance import (
     LARGEST_32,
@@ -117,11 +117,10 @@ def launch_draft_topk(
     temperature: float | torch.Tensor,
     seed: torch.Tensor | None,
     exclude: torch.Tensor | None,
-    tile: int = TILE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the kernels with an explicit tile; arguments as in `draft_topk`, checked. No seed: temperature is 0."""
+    """Runs the kernels; arguments as in `draft_topk`, already checked. No seed: temperature is 0 on every row."""
     batch, nodes, vocabulary = logits.shape
-    tile = min(tile, max(16, triton.next_power_of_2(vocabulary)))
+    tile = min(TILE, max(16, triton.next_power_of_2(vocabulary)))
     tiles = triton.cdiv(vocabulary, tile)
     device = logits.device
     keys = torch.empty((batch, nodes, tiles, k), dtype=torch.int64, device=device)
@@ -176,8 +175,7 @@ def draft_topk(
     """
     kernel = check_draw(logits, positions, temperature, 0, 1.0, seed)
     vocabulary = logits.shape[-1]
-    if not 1 <= k <= min(vocabulary, MOST_CHILDREN):
-        raise ValueError(f"k: expected a number from 1 to {min(vocabulary, MOST_CHILDREN)}, got {k}")
+    check_whole("k", k, 1, min(vocabulary, MOST_CHILDREN))
     if exclude is not None:
         check_tensor("exclude", exclude, ("E",), torch.int64, logits.device)
         check_range("exclude", exclude, 0, vocabulary)

@@ -18,14 +18,12 @@ import triton
 import triton.language as tl
 
 from . import reference
-from ._checks import check_range, check_rows_contiguous, check_tensor
+from ._checks import FLOATS, check_path, check_range, check_rows_contiguous, check_tensor
 from ._dispatch import on_device, takes_kernel
 
 #: Rows of 2-byte values that one program moves at a time; a path is rarely longer.
 MOVE_ROWS = 16
 WRITE_ROWS = 16
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -112,7 +110,7 @@ def write_kv(
         ValueError: a wrong shape, dtype, device or stride; on CPU also kv_len outside [0, S].
     """
     check_tensor("k_cache", k_cache, ("B", "Hkv", "S", "D"), FLOATS)
-    kernel = takes_kernel(k_cache)
+    kernel = takes_kernel("k_cache", k_cache)
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, k_cache.device)
     batch, heads, capacity, head_dim = k_cache.shape
     check_tensor("k", k, (batch, heads, "T", head_dim), k_cache.dtype, k_cache.device)
@@ -148,7 +146,7 @@ def compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, le
             does not ascend from at least 1.
     """
     check_tensor("cache", cache, ("L", 2, "B", "Hkv", "S", "D"), FLOATS)
-    kernel = takes_kernel(cache)
+    kernel = takes_kernel("cache", cache)
     batch, capacity = cache.shape[2], cache.shape[4]
     check_tensor("kv_len", kv_len, (batch,), torch.int32, cache.device)
     check_tensor("path", path, (batch, "N"), torch.int32, cache.device)
@@ -156,11 +154,7 @@ def compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, le
     check_rows_contiguous("cache", cache)
     check_range("kv_len", kv_len, 0, capacity + 1)
     check_range("length", length, 0, path.shape[1] + 1)
-    if path.device.type == "cpu":
-        for nodes, count in zip(path.tolist(), length.tolist(), strict=True):
-            taken = nodes[:count]
-            if any(low >= high for low, high in zip([0, *taken], taken, strict=False)):
-                raise ValueError(f"path: expected node indices that ascend from at least 1, got {taken}")
+    check_path(path, length)
     if not kernel:
         return reference.compact_kv(cache, kv_len, path, length)
     with on_device(cache):

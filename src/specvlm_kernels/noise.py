@@ -20,13 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import check_tensor
+from ._checks import INTEGERS, check_tensor, check_whole
 from ._dispatch import on_device, takes_kernel
 from .reference import noise as reference
 
 #: Tokens a program. A multiple of 4, because a Philox call serves four.
 TILE = 2048
-INTEGERS = (torch.int64, torch.int32)
 
 
 @triton.jit
@@ -69,12 +68,12 @@ def _noise_kernel(positions, seeds, out, first, stream, nodes, vocabulary, RACE:
 
 
 def launch_noise(
-    positions: torch.Tensor, seed: torch.Tensor, out: torch.Tensor, stream: int, first: int, tile: int = TILE
+    positions: torch.Tensor, seed: torch.Tensor, out: torch.Tensor, stream: int, first: int
 ) -> torch.Tensor:
     """Fills `out` [B, N, V]: with words where it is int64, with noise where it is fp32."""
     vocabulary = out.shape[-1]
     with on_device(positions):
-        _noise_kernel[(positions.numel(), triton.cdiv(vocabulary, tile))](
+        _noise_kernel[(positions.numel(), triton.cdiv(vocabulary, TILE))](
             positions.contiguous(),
             seed.contiguous(),
             out,
@@ -83,7 +82,7 @@ def launch_noise(
             positions.shape[1],
             vocabulary,
             RACE=out.is_floating_point(),
-            TILE=tile,
+            TILE=TILE,
         )
     return out
 
@@ -106,8 +105,7 @@ def philox_integers(
     Raises:
         ValueError: an argument has another shape, dtype, device or value.
     """
-    _check(positions, seed, vocabulary, stream, first)
-    if not takes_kernel(positions):
+    if not _check(positions, seed, vocabulary, stream, first):
         return reference.philox_integers(positions, seed, vocabulary, stream=stream, first=first)
     out = torch.empty(*positions.shape, vocabulary, dtype=torch.int64, device=positions.device)
     return launch_noise(positions, seed, out, stream, first)
@@ -128,19 +126,18 @@ def race_noise(positions: torch.Tensor, seed: torch.Tensor, vocabulary: int, *, 
     Raises:
         ValueError: an argument has another shape, dtype, device or value.
     """
-    _check(positions, seed, vocabulary, stream, 0)
-    if not takes_kernel(positions):
+    if not _check(positions, seed, vocabulary, stream, 0):
         return reference.race_noise(positions, seed, vocabulary, stream=stream)
     out = torch.empty(*positions.shape, vocabulary, dtype=torch.float32, device=positions.device)
     return launch_noise(positions, seed, out, stream, 0)
 
 
-def _check(positions: torch.Tensor, seed: torch.Tensor, vocabulary: int, stream: int, first: int) -> None:
+def _check(positions: torch.Tensor, seed: torch.Tensor, vocabulary: int, stream: int, first: int) -> bool:
+    """Checks what both ops share; True where the kernel serves."""
     check_tensor("positions", positions, ("B", "N"), INTEGERS)
+    kernel = takes_kernel("positions", positions)
     check_tensor("seed", seed, (positions.shape[0],), torch.int64, positions.device)
-    if vocabulary < 1:
-        raise ValueError(f"vocabulary: expected at least 1, got {vocabulary}")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream: expected a number in [0, 2^32), got {stream}")
-    if not 0 <= first < 2**34 or first % 4:
-        raise ValueError(f"first: expected a multiple of 4 in [0, 2^34), got {first}")
+    check_whole("vocabulary", vocabulary, 1, 2**31 - 1)
+    check_whole("stream", stream, 0, 2**32 - 1)
+    check_whole("first", first, 0, 2**34 - 4, step=4)
+    return kernel

@@ -16,10 +16,13 @@ query heads that share a KV head lie in one tile (row = node * group + head), so
 Partials are fp32, 4 * (D + 1) bytes a row and split: they stay in L2. One split means no partials and no second kernel.
 
 **A row's bits do not depend on its company.** Split and tile borders follow from the slab's capacity, a model's head
-count and absolute slots alone, a tile has `BLOCK_M` rows whatever Q is, and Q, kv_len and the words a row are
-arguments that nothing is specialised on: the same machine code computes a row alone, among 128, or in another batch.
+count and absolute slots alone, and a tile has `BLOCK_M` rows whatever Q is. Nor does Triton compile anew for another
+company: Q, the words a row and q's strides are arguments that nothing is specialised on, kv_len and ancestors are not
+specialised on their alignment. Given dense rows and one slab, the same machine code computes a row alone, among 128, or
+in another batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +30,16 @@ import triton
 import triton.language as tl
 
 from . import reference
-from ._checks import check_parents, check_range, check_rows_contiguous, check_tensor
+from ._checks import (
+    FLOATS,
+    KERNEL_FLOATS,
+    check_finite,
+    check_forward_only,
+    check_parents,
+    check_range,
+    check_rows_contiguous,
+    check_tensor,
+)
 from ._dispatch import on_device, takes_kernel
 
 #: exp(x) = 2^(x * LOG2_E): the kernels keep scores and sums in base 2, which is what the hardware computes.
@@ -46,8 +58,8 @@ SMALLEST_SPLIT = 128
 PACK_ROWS = 128
 MERGE_ROWS = 4
 
-KERNEL_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-REFERENCE_FLOATS = (*KERNEL_FLOATS, torch.float64)
+#: Head sizes, from and to.
+HEAD_DIMS = (32, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,8 @@ def default_config(capacity: int, kv_heads: int, dtype: torch.dtype) -> TreeAtte
     split = max(SMALLEST_SPLIT, triton.cdiv(triton.cdiv(capacity, splits), WORD) * WORD)
     if dtype == torch.float32:  # full fp32 has no tensor cores: products run from registers, and larger tiles spill
         return TreeAttentionConfig(split=split, block_m=16, block_n=16, num_warps=8)
+    if capacity <= split:  # rows leave in their own dtype, by 64-bit addresses: with tiles of 64 keys sm_80 spills
+        return TreeAttentionConfig(split=split, block_n=32)
     return TreeAttentionConfig(split=split)
 
 
@@ -144,12 +158,15 @@ def _attend(b_q, b_k, b_v, b_max, b_sum, b_out, scale_log2, m_seen, MASKED: tl.c
     return b_new, b_sum, b_out
 
 
-@triton.jit(do_not_specialize=["queries", "kv_heads", "words", "capacity", "splits"])
+@triton.jit(
+    do_not_specialize=["queries", "kv_heads", "words", "capacity", "splits", "stride_qb", "stride_qn", "stride_qh"],
+    do_not_specialize_on_alignment=["kv_len", "ancestors"],
+)
 def _tree_attention_kernel(
     q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale_log2,
     queries, kv_heads, words, capacity, splits, split,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    GROUP: tl.constexpr, D: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, Q_UNIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_split = tl.program_id(0), tl.program_id(1) // kv_heads
@@ -167,7 +184,9 @@ def _tree_attention_kernel(
     m_row, m_d = o_row < queries * GROUP, o_d < D
     i_node, i_q_head = o_row // GROUP, i_head * GROUP + o_row % GROUP
 
-    p_q = q + i_b * stride_qb + i_node.to(tl.int64) * stride_qn + i_q_head.to(tl.int64) * stride_qh
+    # q's strides come in units, which tells the compiler how a row is aligned without a case for each Q.
+    o_q = i_b * stride_qb + i_node.to(tl.int64) * stride_qn + i_q_head.to(tl.int64) * stride_qh
+    p_q = q + o_q * Q_UNIT
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
     p_k = k_cache + i_b * stride_kb + i_head.to(tl.int64) * stride_kh
     p_v = v_cache + i_b * stride_vb + i_head.to(tl.int64) * stride_vh
@@ -205,7 +224,7 @@ def _tree_attention_kernel(
         tl.store(part + o_part[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "words", "capacity", "splits"])
+@triton.jit(do_not_specialize=["rows", "words", "capacity", "splits"], do_not_specialize_on_alignment=["kv_len"])
 def _tree_attention_merge_kernel(
     part, part_lse, kv_len, out, rows, words, capacity, splits, split,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -257,8 +276,8 @@ def _pack_ancestors_kernel(parents, out, nodes, words, BLOCK_N: tl.constexpr):
 
 
 def _strides(x: torch.Tensor) -> list[int]:
-    """Strides but the last. That of an axis of one is free, and set so that Triton makes no case of its own of it."""
-    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    """Strides but the last. That of an axis of one is free, and set as in a dense tensor: one is no case of its own."""
+    return [x.stride(i) if x.shape[i] > 1 else x.shape[i + 1 :].numel() for i in range(x.dim() - 1)]
 
 
 def launch_tree_attention(
@@ -282,13 +301,15 @@ def launch_tree_attention(
     part_shape = (0,) if one_split else (batch, queries, heads, splits, head_dim)
     part = torch.empty(part_shape, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part_shape[:-1], dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = triton.next_power_of_2(head_dim)
+    q_strides = _strides(q)
+    q_unit = math.gcd(16, head_dim, *q_strides)
     grid = (triton.cdiv(queries * group, config.block_m), kv_heads * splits, batch)
     _tree_attention_kernel[grid](
         q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale * LOG2_E,
         queries, kv_heads, words, capacity, splits, config.split,
-        *_strides(q), *_strides(k_cache), *_strides(v_cache),
-        GROUP=group, D=head_dim, ONE_SPLIT=one_split,
+        *(stride // q_unit for stride in q_strides), *_strides(k_cache), *_strides(v_cache),
+        GROUP=group, D=head_dim, Q_UNIT=q_unit, ONE_SPLIT=one_split,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -331,7 +352,7 @@ def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("parents", parents, ("B", "N"), torch.int32)
     check_parents(parents)
-    if not takes_kernel(parents):
+    if not takes_kernel("parents", parents):
         return reference.pack_ancestors(parents)
     with on_device(parents):
         return launch_pack_ancestors(parents)
@@ -353,22 +374,25 @@ def tree_attention(
     written before the call (`write_kv`). Slots that no row sees, and slots past the capacity, may hold anything.
 
     Args:
-        q: [B, Q, Hq, D], D at most 128; fp32, fp16 or bf16 (on CPU fp64 too). Any strides with a contiguous last axis.
+        q: [B, Q, Hq, D], D from 32 to 128; fp32, fp16 or bf16 (on CPU fp64 too). Any strides with a contiguous last
+            axis.
         k_cache, v_cache: [B, Hkv, S, D], dtype of q, Hkv a divisor of Hq. Strides as for q.
         kv_len: [B] int32, stored slots, in [0, S].
         ancestors: [B, Q, W] int64 as `pack_ancestors` makes them.
-        scale: of the scores; None: D ** -0.5.
+        scale: of the scores, a finite number; None: D ** -0.5.
 
     Returns:
         [B, Q, Hq, D], contiguous, dtype of q. A row that sees no slot at all is zero.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or stride; on CPU also kv_len outside [0, S].
+        ValueError: a wrong shape, dtype, device, stride or scale; on CPU also kv_len outside [0, S]. The kernel is
+            forward only (the reference, on CPU, is not): where it serves, also a q, k_cache or v_cache that requires a
+            gradient while gradients are enabled.
 
     Flash-decoding (Dao et al., 2023) with the tree mask of SpecInfer (Miao et al., 2024).
     """
-    check_tensor("q", q, ("B", "Q", "Hq", "D"), REFERENCE_FLOATS)
-    kernel = takes_kernel(q)
+    check_tensor("q", q, ("B", "Q", "Hq", "D"), FLOATS)
+    kernel = takes_kernel("q", q)
     if kernel:
         check_tensor("q", q, q.shape, KERNEL_FLOATS)
     batch, queries, heads, head_dim = q.shape
@@ -380,16 +404,18 @@ def tree_attention(
     kv_heads, capacity = k_cache.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of k_cache's {kv_heads} heads, got {heads}")
-    if not 1 <= head_dim <= 128:
-        raise ValueError(f"q: expected a head dimension of 1 to 128, got {head_dim}")
+    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
+        raise ValueError(f"q: expected a head size from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {head_dim}")
     check_rows_contiguous("q", q)
     check_rows_contiguous("k_cache", k_cache)
     check_rows_contiguous("v_cache", v_cache)
     check_range("kv_len", kv_len, 0, capacity + 1)
     if scale is None:
         scale = head_dim**-0.5
+    check_finite("scale", scale)
     if not kernel:
         return reference.tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
+    check_forward_only(q=q, k_cache=k_cache, v_cache=v_cache)
     with on_device(q):
         config = default_config(capacity, kv_heads, q.dtype)
         return launch_tree_attention(q, k_cache, v_cache, kv_len.contiguous(), ancestors.contiguous(), scale, config)

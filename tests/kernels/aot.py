@@ -85,16 +85,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention_cases(model: Shape) -> Iterator[Case]:
-    q = meta(1, NODES, model.heads, model.head_dim)
-    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
+def attention_case(name: str, model: Shape, dtype: torch.dtype = torch.bfloat16, capacity: int = CAPACITY) -> Case:
+    q = meta(1, NODES, model.heads, model.head_dim, dtype=dtype)
+    slab = meta(model.layers, 2, 1, model.kv_heads, capacity, model.head_dim, dtype=dtype)
     kv_len, words = meta(1, dtype=torch.int32), meta(1, NODES, 1, dtype=torch.int64)
-    config = default_config(CAPACITY, model.kv_heads, q.dtype)
+    config = default_config(capacity, model.kv_heads, dtype)
     scale = model.head_dim**-0.5
-    yield Case(
-        f"tree_attention {model.name}",
-        lambda: launch_tree_attention(q, slab[0, 0], slab[0, 1], kv_len, words, scale, config),
-    )
+    return Case(name, lambda: launch_tree_attention(q, slab[0, 0], slab[0, 1], kv_len, words, scale, config))
+
+
+def attention_cases(model: Shape) -> Iterator[Case]:
+    yield attention_case(f"tree_attention {model.name}", model)
 
 
 def cache_cases(model: Shape) -> Iterator[Case]:
@@ -107,7 +108,8 @@ def cache_cases(model: Shape) -> Iterator[Case]:
 
 def draw_cases(model: Shape) -> Iterator[Case]:
     logits = meta(1, NODES, model.vocab)
-    tokens, positions = meta(1, NODES, dtype=torch.int64), meta(1, NODES, dtype=torch.int32)
+    positions = meta(1, NODES, dtype=torch.int32)
+    tokens, parents = meta(1, NODES, dtype=torch.int64), meta(1, NODES, dtype=torch.int32)
     settings = {
         "greedy": (0.0, 0, 1.0, None),
         "sampled": (1.0, 0, 1.0, meta(1, dtype=torch.int64)),
@@ -124,7 +126,7 @@ def draw_cases(model: Shape) -> Iterator[Case]:
             return launch_keys(logits, positions, temperature, top_k, top_p, seed)
 
         yield Case(f"draw {name} {model.name}", lambda keys=keys: launch_merge(keys()))
-    yield Case(f"accept {model.name}", lambda: launch_walk(keys(), tokens, positions))
+    yield Case(f"accept {model.name}", lambda: launch_walk(keys(), tokens, parents))
 
 
 def draft_cases(model: Shape) -> Iterator[Case]:
@@ -136,11 +138,27 @@ def draft_cases(model: Shape) -> Iterator[Case]:
 
 def shared_cases() -> Iterator[Case]:
     """What sees nothing of a model."""
-    parents, seed = meta(1, NODES, dtype=torch.int32), meta(1, dtype=torch.int64)
+    parents, positions = meta(1, NODES, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    seed = meta(1, dtype=torch.int64)
     yield Case("pack_ancestors", lambda: launch_pack_ancestors(parents))
     for name, dtype in (("race_noise", torch.float32), ("philox_integers", torch.int64)):
         out = meta(1, NODES, 32064, dtype=dtype)
-        yield Case(name, lambda out=out: launch_noise(parents, seed, out, 0, 0))
+        yield Case(name, lambda out=out: launch_noise(positions, seed, out, 0, 0))
+
+
+def other_cases() -> Iterator[Case]:
+    """What the models' cases leave out: other dtypes, a slab of one split, the largest tree, settings by row."""
+    model = MODELS[0]
+    yield attention_case("tree_attention fp32", model, torch.float32)
+    yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
+    keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
+    parents = meta(1, 128, dtype=torch.int32)
+    yield Case("walk of 128 nodes", lambda: launch_walk(keys, tokens, parents))
+    logits, positions, seed = meta(1, 8, model.vocab), meta(1, 8, dtype=torch.int32), meta(1, dtype=torch.int64)
+    temperature = meta(1, dtype=torch.float32)
+    yield Case(
+        "draft_topk by row, nothing excluded", lambda: launch_draft_topk(logits, 8, positions, temperature, seed, None)
+    )
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
@@ -148,8 +166,9 @@ FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
 
 
 def cases() -> list[Case]:
-    """Every kernel of the package at every model's shapes."""
-    return [case for model in MODELS for family in FAMILIES for case in family(model)] + list(shared_cases())
+    """Every kernel of the package at every model's shapes, and what these leave out."""
+    of_models = [case for model in MODELS for family in FAMILIES for case in family(model)]
+    return [*of_models, *shared_cases(), *other_cases()]
 
 
 class _OfflineDriver:
@@ -244,7 +263,7 @@ def main() -> None:
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
     text = (
         "# Kernels compiled ahead of time\n\n"
-        f"bf16, slab of {CAPACITY} slots, {NODES} nodes, batch 1; {versions}. "
+        f"bf16, slab of {CAPACITY} slots, {NODES} nodes where a case does not say otherwise, batch 1; {versions}. "
         "Compiled without a GPU: resources, not speed.\n"
         "Spills: NVIDIA, local-memory instructions in the binary; AMD, spilled vector and scalar registers.\n\n"
         + table(list(ARCHITECTURES))

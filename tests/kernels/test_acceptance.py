@@ -369,26 +369,80 @@ def test_kernel_takes_one_node_and_no_batch(device):
     assert draw(torch.zeros(1, 0, 5, device=device), places(1, 0).to(device)).shape == (1, 0)
 
 
-@pytest.mark.gpu
-def test_bad_values_on_a_gpu_stay_inside():
-    """Nobody looked at them: the walk must end, and every index must stay inside."""
-    logits = random_logits(1, 4, 9, seed=1).cuda()
-    parents = torch.tensor([[3, 2, 1, 99]], dtype=torch.int32, device="cuda")
-    tokens = torch.full((1, 4), -5, device="cuda")
-    bad = {"temperature": torch.tensor([NAN]), "top_k": torch.tensor([-3]), "top_p": torch.tensor([-1.0])}
-    accepted = accept(
-        logits,
-        tokens,
-        parents,
-        places(1, 4).cuda(),
-        **{name: x.cuda() for name, x in bad.items()},
-        seed=seeds(1).cuda(),
+BAD_SETTINGS = [
+    {"temperature": NAN, "top_k": 3, "top_p": 0.9},
+    {"temperature": -1.0, "top_k": -3, "top_p": -1.0},
+    {"temperature": INF, "top_k": -(2**63), "top_p": 0.5},
+    {"temperature": 1.0, "top_k": -3, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 2**63 - 1, "top_p": 0.0},
+    {"temperature": 1.0, "top_k": 3, "top_p": -1.0},
+    {"temperature": 1.0, "top_k": 3, "top_p": NAN},
+    {"temperature": 1.0, "top_k": 0, "top_p": 7.0},
+]
+
+
+@pytest.mark.parametrize("bad", BAD_SETTINGS, ids=str)
+def test_kernels_stay_inside_whatever_the_settings(device, bad):
+    """Straight to the launchers, as on a GPU, where values are not looked at."""
+    (logits, positions, seed), bad = to(
+        device,
+        random_logits(1, 4, 9, seed=1),
+        places(1, 4),
+        seeds(1),
+        temperature=torch.tensor([bad["temperature"]]),
+        top_k=torch.tensor([bad["top_k"]]),
+        top_p=torch.tensor([bad["top_p"]]),
     )
-    assert 0 <= accepted.next_token.item() < 9
-    for top_p in (0.0, NAN, 7.0):
-        p = torch.tensor([top_p], device="cuda")
-        drawn = draw(logits, places(1, 4).cuda(), temperature=1.0, top_p=p, seed=seeds(1).cuda())
-        assert ((drawn >= 0) & (drawn < 9)).all()
+    with launched(acceptance._border_kernel, acceptance._draw_kernel, acceptance._merge_kernel):
+        drawn = acceptance.launch_merge(acceptance.launch_keys(logits, positions, **bad, seed=seed))
+    assert ((drawn >= 0) & (drawn < 9)).all()
+
+
+@pytest.mark.parametrize(
+    "parents", [[3, 2, 1, 99], [0, 0, 1, 2], [-1, 1, 2, 3], [-9, 2**31 - 1, -(2**31), 0], [0, 2, 1, 2]], ids=str
+)
+def test_kernel_ends_its_walk_whatever_the_parents(device, parents):
+    logits = torch.zeros(1, 4, 9)
+    logits[..., 5] = 1.0  # every node draws token 5, and is token 5
+    (logits, tokens, above, positions), _ = to(
+        device, logits, torch.full((1, 4), 5), torch.tensor([parents], dtype=torch.int32), places(1, 4)
+    )
+    with launched(acceptance._walk_kernel):
+        accepted = acceptance.launch_walk(acceptance.launch_keys(logits, positions, 0.0, 0, 1.0, None), tokens, above)
+    path, count = accepted.path[0].tolist(), accepted.length.item()
+    assert path == sorted({i for i in path if i > 0}) + [-1] * (4 - count)
+    assert accepted.next_token.item() == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings_of_a_draw",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+        {"temperature": torch.tensor([0.0, 0.8]), "top_k": torch.tensor([0, 50]), "top_p": torch.tensor([1.0, 0.9])},
+    ],
+    ids=["greedy", "numbers", "tensors"],
+)
+def test_kernels_never_wait_for_the_host(settings_of_a_draw):
+    parents = torch.tensor([parents_of("random", 6, 0)] * 2, dtype=torch.int32)
+    (logits, tokens, parents, positions), options = to(
+        "cuda",
+        random_logits(2, 6, 9000, seed=1),
+        torch.zeros(2, 6, dtype=torch.int64),
+        parents,
+        places(2, 6),
+        seed=seeds(1, 2),
+        **settings_of_a_draw,
+    )
+    draw(logits, positions, **options)
+    accept(logits, tokens, parents, positions, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draw(logits, positions, **options)
+        accept(logits, tokens, parents, positions, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # The reference: the exact distribution, the exact filter.
@@ -518,6 +572,7 @@ GOOD = {
         ({"logits": [1.0]}, "logits: expected a tensor, got list"),
         ({"logits": torch.zeros(3, 5)}, r"logits: expected shape \[B, N, V\], got \[3, 5\]"),
         ({"logits": torch.zeros(1, 3, 5).int()}, "logits: expected dtype float32 or .*, got int32"),
+        ({"logits": torch.zeros(1, 3, 5).to("meta")}, "logits: expected a tensor on a cuda or cpu device, got meta"),
         ({"logits": torch.zeros(1, 3, 0)}, r"logits: expected at least one token, got shape \[1, 3, 0\]"),
         ({"logits": torch.zeros(1, 0, 5), "positions": torch.zeros(1, 0).int()}, "logits: expected at least one node"),
         ({"tokens": torch.zeros(1, 2, dtype=torch.int64)}, r"tokens: expected shape \[1, 3\], got \[1, 2\]"),
@@ -539,7 +594,7 @@ GOOD = {
         ({"temperature": "hot"}, r"temperature: expected a number or a \[1\] tensor, got str"),
         ({"top_k": -1}, "top_k: expected a whole number >= 0, got -1"),
         ({"top_k": 1.5}, "top_k: expected a whole number >= 0, got 1.5"),
-        ({"top_k": torch.zeros(1)}, "top_k: expected dtype int64 or int32, got float32"),
+        ({"top_k": torch.zeros(1)}, "top_k: expected dtype int32 or int64, got float32"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p: expected a number in \(0, 1\], got 1.1"),
         ({"top_p": NAN}, r"top_p: expected a number in \(0, 1\], got nan"),

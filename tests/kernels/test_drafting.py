@@ -131,6 +131,34 @@ def test_kernel_takes_no_nodes(device):
     assert (tokens.shape, scores.shape) == ((1, 0, 2), (1, 0, 2))
 
 
+def test_kernel_stays_inside_whatever_the_values(device):
+    """Straight to the launcher, as on a GPU, where values are not looked at."""
+    logits, positions, seed = random_logits(1, 2, 40, seed=4), places(1, 2), torch.tensor([3])
+    args, seed = (logits.to(device), 6, positions.to(device)), seed.to(device)
+    outside = torch.tensor([-1, 40, 2**31, -(2**63), 2**63 - 1], device=device)
+    with launched(*KERNELS):
+        got = drafting.launch_draft_topk(*args, 1.0, seed, outside)
+    for x, expected in zip(got, drafting.launch_draft_topk(*args, 1.0, seed, None), strict=True):
+        assert torch.equal(x, expected)
+    for temperature in (NAN, -1.0, INF):
+        tokens, _ = drafting.launch_draft_topk(*args, torch.tensor([temperature], device=device), seed, outside)
+        assert ((tokens >= 0) & (tokens < 40)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.2, torch.tensor([0.0, 1.2])], ids=str)
+def test_kernels_never_wait_for_the_host(temperature):
+    logits, positions = random_logits(2, 3, 9000, seed=1).cuda(), places(2, 3).cuda()
+    seed, exclude = torch.tensor([1, 2], device="cuda"), torch.tensor([5, 7], device="cuda")
+    options = {"temperature": temperature.cuda() if isinstance(temperature, torch.Tensor) else temperature}
+    draft_topk(logits, 4, positions, **options, seed=seed, exclude=exclude)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draft_topk(logits, 4, positions, **options, seed=seed, exclude=exclude)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_reference_scores_are_the_perturbed_log_softmax():
     logits, positions, seed = random_logits(2, 3, 40, seed=1), places(2, 3), torch.tensor([1, 2])
     for temperature in (0.0, 0.5, 1.0, 2.5):
@@ -152,9 +180,12 @@ def test_reference_serves_double():
     [
         ({"logits": torch.zeros(3, 5)}, r"logits: expected shape \[B, N, V\], got \[3, 5\]"),
         ({"logits": torch.zeros(1, 3, 5).long()}, "logits: expected dtype float32 or .*, got int64"),
-        ({"k": 0}, "k: expected a number from 1 to 5, got 0"),
-        ({"k": 6}, "k: expected a number from 1 to 5, got 6"),
-        ({"k": 65, "logits": torch.zeros(1, 3, 99)}, "k: expected a number from 1 to 64, got 65"),
+        ({"logits": torch.zeros(1, 3, 5).to("meta")}, "logits: expected a tensor on a cuda or cpu device, got meta"),
+        ({"k": 0}, "k: expected a whole number from 1 to 5, got 0"),
+        ({"k": 6}, "k: expected a whole number from 1 to 5, got 6"),
+        ({"k": 65, "logits": torch.zeros(1, 3, 99)}, "k: expected a whole number from 1 to 64, got 65"),
+        ({"k": 2.0}, "k: expected a whole number from 1 to 5, got 2.0"),
+        ({"k": "2"}, "k: expected a whole number from 1 to 5, got '2'"),
         ({"positions": torch.zeros(2, 3).int()}, r"positions: expected shape \[1, 3\], got \[2, 3\]"),
         ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
         ({"temperature": 0.5}, r"seed: expected a \[1\] int64 tensor where temperature may be above 0, got None"),

@@ -139,13 +139,20 @@ def test_reference_keeps_a_bounded_number_of_blocks():
     ("change", "message"),
     [
         ({"positions": torch.zeros(3, dtype=torch.int32)}, r"positions: expected shape \[B, N\], got \[3\]"),
-        ({"positions": torch.zeros(1, 3)}, "positions: expected dtype int64 or int32, got float32"),
+        ({"positions": torch.zeros(1, 3)}, "positions: expected dtype int32 or int64, got float32"),
+        (
+            {"positions": torch.zeros(1, 3).int().to("meta")},
+            "positions: expected a tensor on a cuda or cpu device, got",
+        ),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed: expected shape \[1\], got \[2\]"),
         ({"seed": torch.zeros(1)}, "seed: expected dtype int64, got float32"),
         ({"seed": 3}, "seed: expected a tensor, got int"),
-        ({"vocabulary": 0}, "vocabulary: expected at least 1, got 0"),
-        ({"stream": 2**32}, r"stream: expected a number in \[0, 2\^32\), got 4294967296"),
-        ({"first": 6}, r"first: expected a multiple of 4 in \[0, 2\^34\), got 6"),
+        ({"vocabulary": 0}, "vocabulary: expected a whole number from 1 to 2147483647, got 0"),
+        ({"vocabulary": 9.0}, "vocabulary: expected a whole number from 1 to 2147483647, got 9.0"),
+        ({"stream": 2**32}, "stream: expected a whole number from 0 to 4294967295, got 4294967296"),
+        ({"stream": "1"}, "stream: expected a whole number from 0 to 4294967295, got '1'"),
+        ({"first": 6}, "first: expected a multiple of 4 from 0 to 17179869180, got 6"),
+        ({"first": 4.0}, "first: expected a multiple of 4 from 0 to 17179869180, got 4.0"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):

@@ -5,12 +5,15 @@ import inspect
 import pytest
 
 import specvlm_kernels
-from specvlm_kernels import reference
+from specvlm_kernels import noise, reference
+
+OPS = [(specvlm_kernels, reference, name) for name in specvlm_kernels.__all__]
+NOISE = [(noise, reference.noise, name) for name in ("philox_integers", "race_noise")]
 
 
-@pytest.mark.parametrize("name", specvlm_kernels.__all__)
-def test_the_reference_has_the_same_signature(name):
-    op, twin = getattr(specvlm_kernels, name), getattr(reference, name)
+@pytest.mark.parametrize(("ops", "twins", "name"), OPS + NOISE, ids=lambda x: x if isinstance(x, str) else "")
+def test_the_reference_has_the_same_signature(ops, twins, name):
+    op, twin = getattr(ops, name), getattr(twins, name)
     assert inspect.signature(op) == inspect.signature(twin)
 
 

@@ -22,7 +22,7 @@ from tests.kernels.watch import launched
 
 NAN = float("nan")
 HEADS = [(1, 1), (2, 1), (1, 7), (2, 3), (3, 2)]  # KV heads, group
-HEAD_DIMS = [32, 64, 80, 96, 128]
+HEAD_DIMS = [32, 33, 64, 72, 80, 96, 128]
 LENGTHS = [0, 1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129]
 
 
@@ -108,15 +108,23 @@ def assert_close(out: torch.Tensor, case: Case, scale: float | None = None) -> N
 
 
 @st.composite
-def problems(draw: st.DrawFn, max_nodes: int, dtypes: tuple[torch.dtype, ...]) -> Case:
-    first = draw(trees(max_nodes))
+def problems(
+    draw: st.DrawFn,
+    max_nodes: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    min_nodes: int = 1,
+    heads: list[tuple[int, int]] = HEADS,
+    head_dims: list[int] = HEAD_DIMS,
+) -> Case:
+    first = draw(trees(max_nodes, min_nodes))
     batch = draw(st.integers(1, 2))
     others = [parents_of("random", len(first), draw(st.integers(0, 99))) for _ in range(batch - 1)]
     return case_of(
         [first, *others],
         draw(st.lists(st.sampled_from(LENGTHS), min_size=batch, max_size=batch)),
-        draw(st.sampled_from(HEADS)),
-        draw(st.sampled_from(HEAD_DIMS)),
+        draw(st.sampled_from(heads)),
+        draw(st.sampled_from(head_dims)),
         dtype=draw(st.sampled_from(dtypes)),
         room=draw(st.sampled_from([0, 1, 70])),
         seed=draw(st.integers(0, 99)),
@@ -142,6 +150,12 @@ def check_kernel(case: Case, device: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(case=problems(24, (torch.float32, torch.float16)))
 def test_kernel_gives_the_formula(device, case):
+    check_kernel(case, device)
+
+
+@settings(max_examples=5, deadline=None)
+@given(case=problems(128, (torch.float32, torch.float16), min_nodes=25, heads=[(1, 1), (1, 3)], head_dims=[32]))
+def test_kernel_gives_the_formula_on_some_larger_trees(device, case):
     check_kernel(case, device)
 
 
@@ -424,7 +438,10 @@ def bad(**changed: object) -> dict[str, object]:
         ({"kv_len": lambda n: n.to("meta")}, "kv_len: expected a tensor on cpu, got meta"),
         ({"ancestors": lambda a: a[:, :2]}, r"ancestors: expected shape \[1, 3, W\], got \[1, 2, 1\]"),
         ({"ancestors": lambda a: a.int()}, "ancestors: expected dtype int64, got int32"),
-        ({"q": lambda q: q.to("meta")}, "expected a tensor on a cuda or cpu device, got meta"),
+        ({"q": lambda q: q.to("meta")}, "q: expected a tensor on a cuda or cpu device, got meta"),
+        ({"scale": NAN}, "scale: expected a finite number, got nan"),
+        ({"scale": -float("inf")}, "scale: expected a finite number, got -inf"),
+        ({"scale": "0.5"}, "scale: expected a finite number, got '0.5'"),
     ],
 )
 def test_tree_attention_refuses(arguments, message):
@@ -432,9 +449,10 @@ def test_tree_attention_refuses(arguments, message):
         tree_attention(**bad(**arguments))
 
 
-def test_tree_attention_refuses_a_head_that_no_tile_holds():
-    slab = torch.zeros(1, 1, 4, 160)
-    with pytest.raises(ValueError, match="q: expected a head dimension of 1 to 128, got 160"):
+@pytest.mark.parametrize("head_dim", [31, 129])
+def test_tree_attention_refuses_a_head_that_no_tile_fits(head_dim):
+    slab = torch.zeros(1, 1, 4, head_dim)
+    with pytest.raises(ValueError, match=f"q: expected a head size from 32 to 128, got {head_dim}"):
         tree_attention(
             slab.transpose(1, 2)[:, :1], slab, slab, torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, 1).long()
         )
@@ -446,9 +464,23 @@ def test_kernel_refuses_fp64(device):
         tree_attention(*case.args())
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_kernel_refuses_to_lose_a_gradient(device, name):
+    case = case_of([parents_of("star", 3, 0)], [5]).to(device)
+    getattr(case, name).requires_grad_()
+    with pytest.raises(ValueError, match=rf"^{name}(_cache)?: expected a tensor that needs no gradient"):
+        tree_attention(*case.args())
+    with torch.no_grad():
+        assert not tree_attention(*case.args()).requires_grad
+
+
 @pytest.mark.parametrize(
     ("parents", "message"),
     [
+        (
+            torch.zeros(1, 3, dtype=torch.int32, device="meta"),
+            "parents: expected a tensor on a cuda or cpu device, got",
+        ),
         (torch.zeros(3, dtype=torch.int32), r"parents: expected shape \[B, N\], got \[3\]"),
         (torch.zeros(1, 3, dtype=torch.int64), "parents: expected dtype int32, got int64"),
         (torch.tensor([[-1, 1]], dtype=torch.int32), r"parents: expected parents\[b, i\] in \[-1, i\), got .*1\] = 1"),

@@ -15,7 +15,7 @@ def parents_of(kind: str, nodes: int, seed: int) -> list[int]:
 
 
 @st.composite
-def trees(draw: st.DrawFn, max_nodes: int = 128) -> list[int]:
-    """Parents of a chain, a star or a random tree of 1 to `max_nodes` nodes."""
+def trees(draw: st.DrawFn, max_nodes: int = 128, min_nodes: int = 1) -> list[int]:
+    """Parents of a chain, a star or a random tree of `min_nodes` to `max_nodes` nodes."""
     kind = draw(st.sampled_from(["chain", "star", "random"]))
-    return parents_of(kind, draw(st.integers(1, max_nodes)), draw(st.integers(0, 2**16)))
+    return parents_of(kind, draw(st.integers(min_nodes, max_nodes)), draw(st.integers(0, 2**16)))

@@ -84,6 +84,8 @@ def _visibility(
     device: torch.device,
 ) -> _Visibility:
     batch = len(lengths)
+    if set(words) == {1} and len(set(lengths)) == 1 and queries == 1 and lengths[0] < capacity:
+        return _Visibility(lengths[0] + 1, None, None, None)  # the root alone, behind all that is stored
     table = torch.tensor(words, dtype=torch.int64).view(batch, queries, -1, 1)
     tree = ((table >> torch.arange(WORD)) & 1).bool().flatten(2)  # [B, Q, W * 64]
     seen = torch.zeros(batch, queries, max(lengths) + tree.shape[-1], dtype=torch.bool)
