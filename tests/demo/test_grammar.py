@@ -113,10 +113,11 @@ def test_a_description_names_every_object_once(seed):
         ("compare", "Is the star smaller than the circle?", "So yes, the circle is smaller than the star.", False),
         ("compare", "Are there more red shapes or more blue shapes?", "So there are more red shapes.", True),
         ("compare", "Are there more red shapes or more blue shapes?", "So there are equally many.", False),
-        ("yes_no", "Is there a red star in the picture?", "Yes, there is one red star.", False),
-        ("yes_no", "Is the star red?", "Yes, the star is red. You can find it in the top left corner.", True),
-        ("yes_no", "Is the star blue?", "No, the star is not blue. It is red.", True),
-        ("yes_no", "Is the star blue?", "No, the star is not blue. It is green.", False),
+        ("yes_no", "Is there a red star in the picture?", "So yes, there is one red star.", False),
+        ("yes_no", "Is the star red?", "It is red. It sits in the top left corner. So yes, the star is red.", True),
+        ("yes_no", "Is the star blue?", "It is red. So no, the star is not blue.", True),
+        ("yes_no", "Is the star blue?", "It is green. So no, the star is not blue.", False),
+        ("yes_no", "Is the star blue?", "It is red. So yes, the star is blue.", False),
     ],
 )  # fmt: skip
 def test_verdicts_on_known_answers(kind, question, answer, right):

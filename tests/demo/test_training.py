@@ -9,7 +9,7 @@ from specvlm.demo.data import IGNORED, LABELS, Encoder, pictures, rows, texts
 from specvlm.demo.scenes import PICTURE_SIZE, Scene, render
 from specvlm.demo.train import Recipe, Trainer, train
 
-RECIPE = Recipe(vision_steps=2, steps=2, polish_steps=1, vision_batch=2, batch=1, tokenizer_scenes=100)
+RECIPE = Recipe(vision_steps=2, steps=2, vision_batch=2, batch=1, tokenizer_scenes=100)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,6 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_leaves_only_the_model(tmp_
     done = []
     monkeypatch.setattr(Trainer, "train_step", lambda self: done.append(self.step) or step(self))
     train(out, RECIPE)
-    assert done == [3, 4]
+    assert done == [3]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert len((out / training.LOG_NAME).read_text().splitlines()) == RECIPE.total

@@ -18,7 +18,7 @@ ROW_LENGTH = 256
 IGNORED = -100
 LABELS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "background": tuple(BACKGROUNDS)}
 # How often each type is among the candidates for a row: the easy ones need less practice.
-_SHARES = {"describe": 1, "count": 3, "where": 1, "colour": 2, "compare": 3, "yes_no": 3}
+_SHARES = {"describe": 1, "count": 3, "where": 1, "colour": 1, "compare": 3, "yes_no": 4}
 _CANDIDATES = [kind for kind in TYPES for _ in range(_SHARES[kind])]
 
 

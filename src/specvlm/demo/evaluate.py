@@ -106,16 +106,17 @@ def evaluate(folder: Path, *, per_type: int = 80, seed: int = 0) -> dict[str, di
 
 
 def main() -> None:
-    """Read the command line, measure, and write the report beside the model."""
+    """Read the command line, measure, and write the report."""
     parser = argparse.ArgumentParser(description="Measure a demo model on held-out layouts.")
     parser.add_argument("model", type=Path, help="folder of the model")
     parser.add_argument("--per-type", type=int, default=80, help="questions of each type")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and questions")
+    parser.add_argument("--out", type=Path, help=f"file of the report ({REPORT_NAME} beside the model)")
     arguments = parser.parse_args()
     result = evaluate(arguments.model, per_type=arguments.per_type, seed=arguments.seed)
     report = {"questions_per_type": arguments.per_type, "seed": arguments.seed, "accuracy": result}
     text = json.dumps(report, indent=2) + "\n"
-    (arguments.model / REPORT_NAME).write_text(text)
+    (arguments.out or arguments.model / REPORT_NAME).write_text(text)
     print(text, end="")
 
 

@@ -20,7 +20,7 @@ from specvlm.demo.claims import (
     the_only,
     true_count,
 )
-from specvlm.demo.scenes import COLOURS, SHAPES, Object, Scene
+from specvlm.demo.scenes import COLOURS, SHAPES, SIZES, Object, Scene
 from specvlm.demo.wording import Category, Values
 
 # Which of two objects is larger.
@@ -48,11 +48,6 @@ def _true_bigger(scene: Scene, asked: Values, values: Values) -> bool:
     return first.size != second.size and the_only(values["np"], scene) == winner
 
 
-def _true_same_size(scene: Scene, asked: Values, values: Values) -> bool:
-    first, second = _pair(scene, asked)
-    return first.size == second.size == values.get("size", first.size)
-
-
 def _true_relation(scene: Scene, asked: Values, values: Values) -> bool:
     first, second = _pair(scene, asked)
     truth = first.size != second.size and first.size == asked["bigger"]
@@ -72,12 +67,6 @@ _BIGGER = sentences(
     "So the {np} is the {bigger} one.",
     "The {bigger} one of the two is the {np}.",
 )
-_SAME_SIZE = sentences(
-    _true_same_size,
-    "So they have the same size.",
-    "Both are {size}, so neither of them wins.",
-    "There is no difference in size.",
-)
 _RELATION = sentences(
     _true_relation,
     "So {verdict}, the {np} {is} {bigger} than the {np2}.",
@@ -93,7 +82,15 @@ def _draw_pair(scene: Scene, rng: Random) -> Values | None:
     (first, phrases), (second, phrases2) = rng.sample(named, 2)
     if first.size == second.size and rng.random() < 0.4:
         return None
-    return {"np": rng.choice(phrases), "np2": rng.choice(phrases2), "bigger": rng.choice(("large", "large", "small"))}
+    return {"np": rng.choice(phrases), "np2": rng.choice(phrases2), "bigger": "large"}
+
+
+def _draw_unequal_pair(scene: Scene, rng: Random) -> Values | None:
+    asked = _draw_pair(scene, rng)
+    if asked is None:
+        return None
+    first, second = _pair(scene, asked)
+    return None if first.size == second.size else asked | {"bigger": rng.choice(SIZES)}
 
 
 def _size_facts(scene: Scene, asked: Values, rng: Random) -> list[Said]:
@@ -110,12 +107,9 @@ def _concluded(reasons: list[Said], verdict: Said, scene: Scene, rng: Random) ->
 
 
 def _choose_bigger(scene: Scene, asked: Values, rng: Random) -> list[Said]:
-    first, second = _pair(scene, asked)
-    if first.size == second.size:
-        verdict: Said = rng.choice(_SAME_SIZE), {"size": first.size}
-    else:
-        winner = "np" if first.size == asked["bigger"] else "np2"
-        verdict = rng.choice(_BIGGER), {"np": asked[winner], "bigger": asked["bigger"]}
+    first, _ = _pair(scene, asked)
+    winner = "np" if first.size == asked["bigger"] else "np2"
+    verdict = rng.choice(_BIGGER), {"np": asked[winner], "bigger": asked["bigger"]}
     return _concluded(_size_facts(scene, asked, rng), verdict, scene, rng)
 
 
@@ -132,10 +126,10 @@ WHICH_BIGGER = Form(
         "What is {bigger}, the {np} or the {np2}?",
         "Of the {np} and the {np2}, which is {bigger}?",
     ),
-    _draw_pair,
+    _draw_unequal_pair,
     _choose_bigger,
-    (*_BIGGER, *_SAME_SIZE, *_SIZE_FACTS, *_SIZE_PAIRS, *SURROUNDINGS),
-    has_one_of((*_BIGGER, *_SAME_SIZE)),
+    (*_BIGGER, *_SIZE_FACTS, *_SIZE_PAIRS, *SURROUNDINGS),
+    has_one_of(_BIGGER),
 )
 IS_BIGGER = Form(
     questions(
@@ -143,7 +137,7 @@ IS_BIGGER = Form(
         "Does the {np} look {bigger} than the {np2}?",
         "Would you say that the {np} is {bigger} than the {np2}?",
     ),
-    lambda scene, rng: found | {"bigger": "large"} if (found := _draw_pair(scene, rng)) else None,
+    _draw_pair,
     _is_bigger,
     (*_RELATION, *_SIZE_FACTS, *_SIZE_PAIRS, *SURROUNDINGS),
     has_one_of(_RELATION),

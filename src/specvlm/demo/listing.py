@@ -138,10 +138,10 @@ _INSTEAD = sentences(
 
 def _draw_group(scene: Scene, rng: Random) -> Values:
     item = rng.choice(scene.objects)
-    if rng.random() < 0.12:
+    if rng.random() < 0.2:
         item = Object(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), item.cell)
-    groups = (ANYTHING, Category(colour=item.colour), Category(shape=item.shape), Category(size=item.size))
-    return {"group": rng.choices(groups, weights=(3, 4, 4, 2))[0]}
+    groups = (ANYTHING, Category(colour=item.colour), Category(shape=item.shape))
+    return {"group": rng.choices(groups, weights=(2, 4, 4))[0]}
 
 
 def _count(scene: Scene, asked: Values, rng: Random) -> list[Said]:
@@ -155,7 +155,7 @@ def _count(scene: Scene, asked: Values, rng: Random) -> list[Said]:
         members: list[Said] = [(member, facts(item)) for item in group]
     else:
         members = [(rng.choice(_LISTS), {"list": listing(group, places=True), "be": len(group) == 1})]
-    if rng.random() < 0.6:
+    if rng.random() < 0.75:
         return [*members, (rng.choice(_SUMS), number)]
     extra = [surroundings(scene, rng)] if rng.random() < 0.4 and asked["group"] != ANYTHING else []
     return [(rng.choice(_COUNTS), number), *members, *extra]

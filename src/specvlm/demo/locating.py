@@ -14,9 +14,7 @@ from specvlm.demo.claims import (
     sentences,
     subject,
     surroundings,
-    tally,
     the_only,
-    true_count,
     true_of_subject,
 )
 from specvlm.demo.scenes import Scene
@@ -80,12 +78,6 @@ WHERE = Form(
 )
 
 
-def _true_share(scene: Scene, asked: Values, values: Values) -> bool:
-    """How many objects have the colour that was asked for."""
-    item = subject(scene, asked)
-    return values["tally"][1] == Category(colour=item.colour) and true_count(scene, asked, values)
-
-
 _COLOURS = sentences(
     true_of_subject,
     "It is {colour}.",
@@ -108,9 +100,6 @@ _POSITIONS = sentences(
     "{Place} there is {a}.",
 )
 _LOOKS = sentences(true_of_subject, "It is a {size} {shape}.", "It is {a}.", "The {noun} is {size}.")
-_SAME_COLOUR = sentences(
-    _true_share, "In all there {be} {tally} in the {picture}.", "The {picture} shows {tally} in total."
-)
 
 
 def _draw_colour_of(scene: Scene, rng: Random) -> Values | None:
@@ -135,14 +124,13 @@ def _colour_at(scene: Scene, asked: Values, rng: Random) -> list[Said]:
 def _colour(core: Sentence, scene: Scene, values: Values, rng: Random) -> list[Said]:
     position = rng.choice(_POSITIONS), values
     look = rng.choice(_LOOKS), values
-    same = rng.choice(_SAME_COLOUR), tally(Category(colour=values["colour"]), scene)
     if rng.random() < 0.25:
-        return [position, (core, values), *rng.sample([look, same], 1)]
+        return [position, (core, values), rng.choice((look, surroundings(scene, rng)))]
     about = rng.sample([position, look], rng.choice((1, 2)))
-    return [(core, values), *about, rng.choice((same, surroundings(scene, rng)))]
+    return [(core, values), *about, surroundings(scene, rng)]
 
 
-_COLOUR_SENTENCES = (*_COLOURS, *_NAMED_COLOURS, *_POSITIONS, *_LOOKS, *_SAME_COLOUR, *SURROUNDINGS)
+_COLOUR_SENTENCES = (*_COLOURS, *_NAMED_COLOURS, *_POSITIONS, *_LOOKS, *SURROUNDINGS)
 _names_colour = has_one_of((*_COLOURS, *_NAMED_COLOURS))
 
 COLOUR_OF = Form(

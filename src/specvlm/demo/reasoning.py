@@ -1,6 +1,5 @@
-"""Yes-or-no questions about what there is, what it looks like and where it is, answered with a reason."""
+"""Yes-or-no questions about what there is, what it looks like and where it is: first the reason, then the verdict."""
 
-from dataclasses import dataclass
 from random import Random
 
 from specvlm.demo.claims import (
@@ -26,32 +25,13 @@ from specvlm.demo.claims import (
 from specvlm.demo.scenes import CELLS, COLOURS, SHAPES, SIZES, Scene
 from specvlm.demo.wording import Category, Sentence, Values
 
-_REASON_FIRST = 0.65
 
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """Sentences that give the same verdict: some lead, and the reasons follow; some conclude."""
-
-    leading: tuple[Sentence, ...]
-    concluding: tuple[Sentence, ...]
-
-    @property
-    def sentences(self) -> tuple[Sentence, ...]:
-        return (*self.leading, *self.concluding)
-
-    def argue(
-        self, values: Values, reasons: list[Said], scene: Scene, rng: Random, *, after: list[Said] | None = None
-    ) -> list[Said]:
-        """The verdict before or after its reasons, now and then with a word about the picture as a whole.
-
-        `after` replaces the reasons behind a verdict that has said them already.
-        """
-        if rng.random() < _REASON_FIRST:
-            said = [*reasons, (rng.choice(self.concluding), values)]
-        else:
-            said = [(rng.choice(self.leading), values), *(reasons if after is None else after)]
-        return [*said, surroundings(scene, rng)] if rng.random() < 0.25 else said
+def _conclude(
+    reasons: list[Said], verdicts: tuple[Sentence, ...], values: Values, scene: Scene, rng: Random
+) -> list[Said]:
+    """The verdict after its reasons, now and then with a word about the picture as a whole."""
+    said = [*reasons, (rng.choice(verdicts), values)]
+    return [*said, surroundings(scene, rng)] if rng.random() < 0.25 else said
 
 
 _INVENTORY = sentences(
@@ -78,13 +58,17 @@ def _true_examples(scene: Scene, asked: Values, values: Values) -> bool:
     return enumerates(values["list"], asked["a"].among(scene))
 
 
-_PRESENT = _Verdict(
-    sentences(_true_presence, "{Verdict}, there {be} {tally}.", "{Verdict}, I can see {tally}."),
-    sentences(_true_presence, "So {verdict}, there {be} {tally}.", "The answer is {verdict}: there {be} {tally}."),
+_PRESENT = sentences(
+    _true_presence,
+    "So {verdict}, there {be} {tally}.",
+    "The answer is {verdict}: there {be} {tally}.",
+    "This means {verdict}, I can see {tally}.",
 )
-_ABSENT = _Verdict(
-    sentences(_true_absence, "{Verdict}, there is no {np}.", "{Verdict}, I cannot find any {np}."),
-    sentences(_true_absence, "So {verdict}, there is no {np}.", "The answer is {verdict}: there is no {np}."),
+_ABSENT = sentences(
+    _true_absence,
+    "So {verdict}, there is no {np}.",
+    "The answer is {verdict}: there is no {np}.",
+    "This means {verdict}, I cannot find any {np}.",
 )
 _EXAMPLES = sentences(_true_examples, "I can see {list}.", "I notice {list}.", "There is {list}.")
 
@@ -105,9 +89,9 @@ def _presence(scene: Scene, asked: Values, rng: Random) -> list[Said]:
     found = asked["a"].among(scene)
     if not found:
         absent = {"verdict": False, "np": asked["a"]}
-        return _ABSENT.argue(absent, [_inventory(scene, rng, places=rng.random() < 0.3)], scene, rng)
+        return _conclude([_inventory(scene, rng, places=rng.random() < 0.3)], _ABSENT, absent, scene, rng)
     examples = rng.choice(_EXAMPLES), {"list": listing(found, places=True)}
-    return _PRESENT.argue({"verdict": True, **tally(asked["a"], scene)}, [examples], scene, rng)
+    return _conclude([examples], _PRESENT, {"verdict": True, **tally(asked["a"], scene)}, scene, rng)
 
 
 PRESENCE = Form(
@@ -119,8 +103,8 @@ PRESENCE = Form(
     ),
     _draw_presence,
     _presence,
-    (*_PRESENT.sentences, *_ABSENT.sentences, *_EXAMPLES, *_INVENTORY, *SURROUNDINGS),
-    has_one_of((*_PRESENT.sentences, *_ABSENT.sentences), (*_EXAMPLES, *_INVENTORY)),
+    (*_PRESENT, *_ABSENT, *_EXAMPLES, *_INVENTORY, *SURROUNDINGS),
+    has_one_of((*_PRESENT, *_ABSENT), (*_EXAMPLES, *_INVENTORY)),
 )
 
 # Is anything there?
@@ -136,13 +120,12 @@ def _true_empty(scene: Scene, asked: Values, values: Values) -> bool:
 
 _OCCUPIED = sentences(
     _true_occupied,
-    "{Verdict}, there is {a} {place}.",
     "{Place} I see {a}, so {verdict}.",
     "I see {a} {place}, so {verdict}.",
+    "I notice {a} {place}, so the answer is {verdict}.",
 )
-_EMPTY = _Verdict(
-    sentences(_true_empty, "{Verdict}, there is nothing {place}.", "{Verdict}, I see nothing {place}."),
-    sentences(_true_empty, "So {verdict}, there is nothing {place}."),
+_EMPTY = sentences(
+    _true_empty, "So {verdict}, there is nothing {place}.", "The answer is {verdict}: there is nothing {place}."
 )
 _DETAILS = sentences(true_of_subject, "It is {size} and {colour}.", "It is a {size} {shape}.", "Its color is {colour}.")
 
@@ -156,7 +139,7 @@ def _draw_occupied(scene: Scene, rng: Random) -> Values:
 def _occupied(scene: Scene, asked: Values, rng: Random) -> list[Said]:
     item = subject(scene, asked)
     if item is None:
-        return _EMPTY.argue({"verdict": False, **asked}, [_inventory(scene, rng, places=True)], scene, rng)
+        return _conclude([_inventory(scene, rng, places=True)], _EMPTY, {"verdict": False, **asked}, scene, rng)
     values = facts(item) | {"verdict": True}
     extra = [surroundings(scene, rng)] if rng.random() < 0.25 else []
     return [(rng.choice(_OCCUPIED), values), (rng.choice(_DETAILS), values), *extra]
@@ -166,8 +149,8 @@ OCCUPIED = Form(
     questions("Is there anything {place}?", "Do you see anything {place}?", "Is something {place}?"),
     _draw_occupied,
     _occupied,
-    (*_OCCUPIED, *_EMPTY.sentences, *_DETAILS, *_INVENTORY, *SURROUNDINGS),
-    has_one_of((*_OCCUPIED, *_EMPTY.sentences), (*_DETAILS, *_INVENTORY)),
+    (*_OCCUPIED, *_EMPTY, *_DETAILS, *_INVENTORY, *SURROUNDINGS),
+    has_one_of((*_OCCUPIED, *_EMPTY), (*_DETAILS, *_INVENTORY)),
 )
 
 # Is it of that colour, of that size, at that place? The asked value's slot ends in 2, the true one's does not.
@@ -191,18 +174,12 @@ _MORE = {
     "place": sentences(true_of_subject, "It is {a}.", "That is the {row} row.", "It is {size} and {colour}."),
 }
 _VERDICTS = {
-    name: _Verdict(
-        sentences(
-            _true_verdict,
-            f"{{Verdict}}, the {{np}} {{is}} {{{name}2}}.",
-            f"{{Verdict}}, it {{is}} {{{name}2}}.",
-        ),
-        sentences(
-            _true_verdict,
-            f"So {{verdict}}, the {{np}} {{is}} {{{name}2}}.",
-            f"So {{verdict}}, it {{is}} {{{name}2}}.",
-            f"The answer is {{verdict}}: it {{is}} {{{name}2}}.",
-        ),
+    name: sentences(
+        _true_verdict,
+        f"So {{verdict}}, the {{np}} {{is}} {{{name}2}}.",
+        f"So {{verdict}}, it {{is}} {{{name}2}}.",
+        f"The answer is {{verdict}}: it {{is}} {{{name}2}}.",
+        f"This means {{verdict}}, the {{np}} {{is}} {{{name}2}}.",
     )
     for name in _REASONS
 }
@@ -225,15 +202,14 @@ def _attribute_form(name: str, templates: tuple[Sentence, ...]) -> Form:
         truth = values[name] == asked[slot]
         reason, more = (rng.choice(_REASONS[name]), values), (rng.choice(_MORE[name]), values)
         reasons = [reason, more] if rng.random() < 0.65 else [reason]
-        verdict = values | {"verdict": truth, "is": truth}
-        return _VERDICTS[name].argue(verdict, reasons, scene, rng, after=[more] if truth else None)
+        return _conclude(reasons, _VERDICTS[name], values | {"verdict": truth, "is": truth}, scene, rng)
 
     return Form(
         templates,
         draw,
         answer,
-        (*_VERDICTS[name].sentences, *_REASONS[name], *_MORE[name], *SURROUNDINGS),
-        has_one_of(_VERDICTS[name].sentences, (*_REASONS[name], *_MORE[name])),
+        (*_VERDICTS[name], *_REASONS[name], *_MORE[name], *SURROUNDINGS),
+        has_one_of(_VERDICTS[name], (*_REASONS[name], *_MORE[name])),
     )
 
 

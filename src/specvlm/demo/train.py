@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from specvlm.demo.build import IMAGE_TOKENS, build_model, build_processor, train_tokenizer
@@ -36,15 +36,13 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 class Recipe:
     """What decides the trained weights, besides the machine's rounding."""
 
-    vision_steps: int = 1200
-    steps: int = 3000
-    polish_steps: int = 600
+    vision_steps: int = 1500
+    steps: int = 3300
     seed: int = 0
     vision_batch: int = 48
     batch: int = 10
     vision_lr: float = 1e-3
     lr: float = 2e-3
-    polish_lr: float = 1e-3
     fact_weight: float = 2.0
     warm_up: int = 50
     flat_share: float = 0.4
@@ -52,13 +50,11 @@ class Recipe:
 
     @property
     def total(self) -> int:
-        return self.vision_steps + self.steps + self.polish_steps
+        return self.vision_steps + self.steps
 
     def phase(self, step: int) -> str:
-        """What a step learns: "cells", then "answers", then answers again as a "polish"."""
-        if step < self.vision_steps:
-            return "cells"
-        return "answers" if step < self.vision_steps + self.steps else "polish"
+        """What a step learns: "cells", then "answers"."""
+        return "cells" if step < self.vision_steps else "answers"
 
 
 class CellHeads(nn.Module):
@@ -90,7 +86,6 @@ class Trainer:
         self.vision_tower = torch.compile(self.model.model.vision_tower, dynamic=False)
         self.language_model = torch.compile(self.model.model.language_model, dynamic=False)
         self.optimizers = {"cells": self._vision_optimizers(), "answers": self._language_optimizers()}
-        self.optimizers["polish"] = self._language_optimizers()
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict[str, float]] = []
@@ -177,7 +172,7 @@ class Trainer:
 
     def _update(self, phase: str) -> None:
         scale = self._schedule()
-        peak = {"cells": self.recipe.vision_lr, "answers": self.recipe.lr, "polish": self.recipe.polish_lr}[phase]
+        peak = self.recipe.vision_lr if phase == "cells" else self.recipe.lr
         for optimizer in self.optimizers[phase]:
             for group in optimizer.param_groups:
                 parameters = [p for p in group["params"] if p.grad is not None]
@@ -189,14 +184,11 @@ class Trainer:
 
     def _schedule(self) -> float:
         """Share of the phase's peak learning rate: cosine for the vision tower, then warm-up, plateau and a line to
-        zero; the polish, whose optimizers start anew, warms up once more and falls along a line."""
+        zero."""
         recipe = self.recipe
         if self.step < recipe.vision_steps:
             return 0.5 + 0.5 * math.cos(math.pi * self.step / recipe.vision_steps)
         done = self.step - recipe.vision_steps
-        if done >= recipe.steps:
-            done -= recipe.steps
-            return min((done + 1) / recipe.warm_up, (recipe.polish_steps - done) / recipe.polish_steps)
         left = (recipe.steps - done) / ((1 - recipe.flat_share) * recipe.steps)
         return min(1.0, (done + 1) / recipe.warm_up, left)
 
@@ -223,7 +215,8 @@ def train(out: Path, recipe: Recipe, *, checkpoint_seconds: float = 120.0) -> No
         if time.monotonic() - saved > checkpoint_seconds:
             _replace(checkpoint, trainer.state())
             saved = time.monotonic()
-    _save(trainer.model, tokenizer, trainer.log, out, work)
+    log = "".join(json.dumps(entry) + "\n" for entry in trainer.log)
+    publish(trainer.model, build_processor(tokenizer), log, out, work)
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -255,19 +248,16 @@ def _replace(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _save(
-    model: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    log: list[dict[str, float]],
-    out: Path,
-    work: Path,
-) -> None:
-    """Write the finished model in bf16 to a new folder, then move it to `out`, whose old content it replaces."""
+def publish(model: LlavaForConditionalGeneration, processor: LlavaProcessor, log: str, out: Path, work: Path) -> None:
+    """Write the finished model in bf16 to a new folder, then move it to `out`, whose old content it replaces.
+
+    `work`, the folder of the work in progress, goes.
+    """
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     model.to(torch.bfloat16).eval().save_pretrained(finished)
-    build_processor(tokenizer).save_pretrained(finished)
-    (finished / LOG_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    processor.save_pretrained(finished)
+    (finished / LOG_NAME).write_text(log)
     for file in finished.iterdir():
         file.chmod(0o644)
     shutil.rmtree(out, ignore_errors=True)
@@ -288,7 +278,9 @@ def main() -> None:
     """Read the command line and train."""
     default = Recipe()
     parser = argparse.ArgumentParser(description="Train the demo model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the finished model, which replaces what is there"
+    )
     parser.add_argument("--vision-steps", type=int, default=default.vision_steps)
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--seed", type=int, default=default.seed)
