@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -29,6 +30,16 @@ from specvlm.targets.base import Prompt, Target
 from specvlm.tree import DraftTree, tree_from_lists
 
 VOCAB, IMAGE_TOKEN, IMAGE_SIDE = 320, 4, 32
+#: Ways to draw tokens that answers have to be equal in.
+SAMPLING = [
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"temperature": 1.0},
+    {"temperature": 1.5},
+    {"temperature": 0.3, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.5, "top_k": 40, "top_p": 0.9},
+]
 LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
@@ -79,6 +90,16 @@ def tiny_llava(
         model = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=pinpoints, **settings))
     else:
         model = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    return _widened(model)
+
+
+def tiny_lm(language: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random language model that reads text alone, with the vocabulary of `tiny_llava`."""
+    torch.manual_seed(seed)
+    return _widened(AutoModelForCausalLM.from_config(text_config(language, **changes)))
+
+
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1.5 * module.in_features**-0.5)

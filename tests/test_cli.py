@@ -14,7 +14,8 @@ from specvlm import GenerateConfig, SpecVLM, load
 from specvlm.cli import main
 from specvlm.doctor import Diagnosis, Finding
 from specvlm.equality import Comparison, Divergence
-from tests.fakes import picture, tiny_llava, tiny_processor
+from specvlm.vocabulary import read_vocabulary
+from tests.fakes import VOCAB, picture, tiny_llava, tiny_processor
 
 QUESTION = "what is it"
 
@@ -53,7 +54,7 @@ def asking(folder: Path, *options: object) -> tuple[object, ...]:
 def test_without_a_command_it_says_which_there_are(run):
     status, out, err = run()
     assert (status, err) == (0, "")
-    assert all(f"\n  {command} " in out for command in ("demo", "generate", "check", "doctor"))
+    assert all(f"\n  {command} " in out for command in ("demo", "generate", "check", "vocab", "doctor"))
 
 
 def test_version(run):
@@ -143,6 +144,39 @@ def test_check_of_answers_that_differ(run, folder, model, monkeypatch, divergenc
     assert (status, json.loads(out)["equal"]) == (1, False)
 
 
+def test_vocab(run, folder, model, tmp_path):
+    (tmp_path / "a.txt").write_text("what is it\nwhat is it\n")
+    (tmp_path / "b.jsonl").write_text('{"caption": "it is"}\n')
+    line = ("vocab", "--target", folder, "--text", tmp_path / "a.txt", "--text", tmp_path / "b.jsonl")
+    ids = [token for text in ("what is it",) * 2 + ("it is",) for token in model.processor.tokenizer.encode(text)]
+    status, out, err = run(*line, "--keep", VOCAB - 1, "--out", tmp_path / "v.json")
+    assert (status, err) == (0, "")
+    assert out == f"319 of 320 ids: 100.00% of {len(ids)} tokens in 3 documents\n"
+    assert len(read_vocabulary(tmp_path / "v.json", model.target.spec)) == VOCAB - 1
+    status, out, err = run(*line, "--keep", 3, "--out", tmp_path / "v.json", "--json")
+    found = read_vocabulary(tmp_path / "v.json", model.target.spec)
+    assert found == sorted(sorted(set(ids), key=lambda token: (-ids.count(token), token))[:3])
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {
+        "out": str(tmp_path / "v.json"),
+        "ids": 3,
+        "vocab_size": VOCAB,
+        "documents": 3,
+        "tokens": len(ids),
+        "share": sum(token in found for token in ids) / len(ids),
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.jsonl", "v.json"]
+
+
+def test_a_vocabulary_that_fails_leaves_the_old_one(run, folder, tmp_path):
+    (tmp_path / "v.json").write_text("old")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 300 + "{}\n")
+    line = ("vocab", "--target", folder, "--text", tmp_path / "a.jsonl", "--keep", 3, "--out", tmp_path / "v.json")
+    assert run(*line)[0] == 2
+    assert (tmp_path / "v.json").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_doctor(run, monkeypatch):
     findings = [Finding("draw", 0.0, None), Finding("accept", None, "E: x"), Finding("write_kv", None, "E: x")]
     sick = Diagnosis({"torch": "2", "triton": None}, None, "interpreted", findings)
@@ -168,6 +202,7 @@ def broken(folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     (broken / "text.png").write_text("no picture")
     (broken / "empty.jsonl").write_text("")
+    (broken / "text.txt").write_text("a red circle")
     (broken / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
     return broken
 
@@ -191,8 +226,8 @@ def broken(folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generate {ask} --draft no/such/draft", "draft: expected 'ngram'"),
         ("generate --target /no/such/model --prompt x", "target: expected a model folder or hub id"),
         ("generate --target {bad} --prompt x", "target: expected whole safetensors files in"),
-        ("generate --target {good} --image {bad}/text.png --prompt x", "image: expected a picture file"),
-        ("generate --target {good} --image {bad}/none.png --prompt x", "image: expected a picture file"),
+        ("generate --target {good} --image {bad}/text.png --prompt x", "image: expected a whole picture file"),
+        ("generate --target {good} --image {bad}/none.png --prompt x", "image: expected a whole picture file"),
         ("generate --target {good} --prompt <image>", "image"),
         ("generate {ask}<image>", "image"),
         ("check --target {good} --prompt x", "draft: expected one to check, got none"),
@@ -202,13 +237,26 @@ def broken(folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("check --target {good} --prompts {bad}/bad.jsonl", "prompts: expected a JSON object with a prompt in line 2"),
         ("check --target {good} --prompts {bad}/empty.jsonl", "prompts: expected at least one line"),
         ("check --target {good} --prompts {bad}/none.jsonl", "[Errno 2] No such file or directory"),
+        ("vocab --target {good} --keep 9 --out {out}", "Missing option '--text'."),
+        ("vocab {count} --keep many --out {out}", "Invalid value for '--keep'"),
+        ("vocab {count} --keep 0 --out {out}", "keep: expected an integer from 1 to 319, got 0"),
+        ("vocab {count} --keep 320 --out {out}", "keep: expected an integer from 1 to 319, got 320"),
+        ("vocab {count} --keep 9 --out {bad}", "out: expected a file in a folder that is there, got"),
+        ("vocab {count} --keep 9 --out {bad}/none/v.json", "out: expected a file in a folder that is there, got"),
+        ("vocab {count} --text {bad}/none.txt --keep 9 --out {out}", "[Errno 2] No such file or directory"),
+        ("vocab {count} --text {bad}/text.png --keep 9 --out {out}", "text: expected a .txt or .jsonl file, got"),
+        ("vocab {count} --text {bad}/bad.jsonl --keep 9 --out {out}", "text: expected a JSON object with a text or"),
+        ("vocab --target {good} --text {bad}/empty.jsonl --keep 9 --out {out}", "text: expected at least one token"),
+        ("vocab --target {bad}/none --text {bad}/text.txt --keep 9 --out {out}", "target: expected a model folder"),
         ("demo --picture {bad}/none/x.png", "[Errno 2] No such file or directory"),
         ("demo --picture {bad}/x.docx", "unknown file extension: .docx"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(run, folder, broken, line, problem):
     ask = f"--target {folder} --image {folder}/picture.png --prompt x"
-    status, out, err = run(*line.format(ask=ask, good=folder, bad=broken).split())
+    count, written = f"--target {folder} --text {broken}/text.txt", broken / "v.json"
+    status, out, err = run(*line.format(ask=ask, good=folder, bad=broken, count=count, out=written).split())
+    assert not written.exists()
     assert (status, out) == (2, "")
     assert err.startswith("error: ")
     assert problem in err
@@ -236,17 +284,29 @@ class TestDemo:
         assert (status, err) == (0, "")
         assert (tmp_path / "scene.png").is_file()
         rows = {(row["draft"], row["temperature"]): row for row in found["rows"]}
-        assert {draft for draft, _ in rows} >= {None, "ngram"}
+        assert {draft for draft, _ in rows} == {None, "ngram", "eagle", "vlm"}
         assert len(rows) == 2 * len({draft for draft, _ in rows})
         for (draft, _), row in rows.items():
             assert row["identical"] is True
             assert row["tau"] == 1 if draft is None else row["tau"] >= 1
             assert row["tokens_per_second"] > row["end_to_end_tokens_per_second"] > 0
-        assert found["answer"]
+        assert found["right"] is True
 
     def test_for_people(self, run, tmp_path):
         status, out, err = run("demo", "--picture", tmp_path / "scene.png")
         assert (status, err) == (0, "")
         assert "\x1b" not in out
         assert f"picture   {tmp_path / 'scene.png'}\n" in out
-        assert all(word in out for word in ("scene", "question", "answer", "none (AR)", "ngram", "identical"))
+        assert all(
+            word in out
+            for word in (
+                "scene",
+                "question",
+                "answer",
+                "none (AR)",
+                "ngram",
+                "eagle",
+                "identical",
+                "true of the scene, and complete",
+            )
+        )

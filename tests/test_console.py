@@ -7,7 +7,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from specvlm.console import ACCEPTED, OWN, AnswerPrinter, Detokenizer, screen, table
+from specvlm.console import ACCEPTED, OWN, AnswerPrinter, Detokenizer, bytes_bar, screen, table
 from specvlm.state import Emitted
 from tests.fakes import tiny_processor
 
@@ -102,3 +102,15 @@ def test_a_table_without_a_terminal_has_no_control_codes_and_no_markup():
     assert "\x1b" not in text
     assert "[red]x" in text
     assert [line.split() for line in text.splitlines() if "ngram" in line] == [["ngram", "12.30"]]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_for_terminals_alone(monkeypatch, terminal):
+    screen = console(terminal=terminal)
+    screen.width = 80
+    monkeypatch.setattr("specvlm.console.screen", lambda stderr: screen)
+    with bytes_bar("counting", 4000) as show:
+        for done in (1000, 4000):
+            show(done)
+    assert ("counting" in shown(screen) and "4.0/4.0 kB" in shown(screen)) == terminal
+    assert terminal or not shown(screen)

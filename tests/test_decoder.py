@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -72,6 +73,9 @@ def test_lengths_come_from_the_generation_config(model, prompt):
         assert len(SpecVLM(model).generate(**prompt).tokens) == 5
         config.max_new_tokens, config.max_length = None, length + 9
         assert len(SpecVLM(model).generate(**prompt).tokens) == 9
+        config.max_length = length
+        with pytest.raises(ValueError, match=f"max_length: expected more than the prompt's {length} tokens"):
+            SpecVLM(model).generate(**prompt)
     finally:
         config.max_new_tokens = config.max_length = None
     assert len(SpecVLM(model).generate(**prompt).tokens) == DEFAULT_MAX_NEW_TOKENS
@@ -91,6 +95,13 @@ def test_padding_counts_for_nothing(specvlm, model, prompt, truth):
         "input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1),
         "attention_mask": torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], dim=1),
     }
+    unmasked = {name: value for name, value in padded.items() if name != "attention_mask"}
+    model.generation_config.pad_token_id = 0
+    try:
+        answer = SpecVLM(model).generate(**unmasked, max_new_tokens=20)
+        assert torch.equal(answer.sequences, model.generate(**unmasked, do_sample=False, max_new_tokens=20))
+    finally:
+        model.generation_config.pad_token_id = None
     answer = specvlm.generate(**padded, max_new_tokens=20)
     assert answer.tokens == truth[:20]
     assert torch.equal(answer.sequences, model.generate(**padded, do_sample=False, max_new_tokens=20))
@@ -146,6 +157,9 @@ def test_an_abandoned_stream_gives_its_slab_back(model, prompt):
     assert free_slabs(specvlm) == kept - 1
     stream.close()
     assert free_slabs(specvlm) == kept
+    stream = specvlm.stream(**prompt, max_new_tokens=50)
+    next(stream)
+    assert free_slabs(specvlm) == kept - 1
     del stream
     assert free_slabs(specvlm) == kept
 
@@ -184,6 +198,17 @@ def test_ask_answers_with_text(specvlm, tmp_path):
 def test_the_prompt_holds_a_placeholder_an_image_row(specvlm):
     inputs = specvlm.prepare([picture(), picture(1)], "what is it")
     assert int((inputs["input_ids"] == IMAGE_TOKEN).sum()) == 32
+
+
+def test_a_template_that_writes_the_bos_token_gets_no_second_one(specvlm):
+    processor = tiny_processor()
+    plain = SpecVLM(specvlm.target.model, processor=processor).prepare(picture(), "what is it")["input_ids"]
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)]
+    )
+    once = SpecVLM(specvlm.target.model, processor=processor).prepare(picture(), "what is it")["input_ids"]
+    assert once[0].tolist() == [processor.tokenizer.bos_token_id, *plain[0].tolist()]
 
 
 def test_sequences_lie_where_the_prompt_lay(specvlm, prompt):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image
+from transformers import OPTConfig
 
 from specvlm import SpecVLM, load
 from specvlm.config import GenerateConfig
@@ -89,6 +91,7 @@ def long_prompt(prompt):
         (lambda p: {"input_ids": p["input_ids"].tolist()}, r"input_ids: expected an int64 tensor \[1, T\], got list"),
         (lambda p: {k: v.repeat(2, 1) for k, v in p.items() if v.ndim == 2}, r"input_ids: expected one prompt, got 2"),
         (lambda p: {"attention_mask": p["attention_mask"][:, 1:]}, r"attention_mask: expected shape \[1, \d+\], got"),
+        (lambda p: {"attention_mask": [[1, 1]]}, r"attention_mask: expected a tensor, got list"),
         (lambda p: {"attention_mask": p["attention_mask"] * 0}, r"input_ids: expected at least one token, got none"),
         (
             lambda p: {"pixel_values": p["pixel_values"][..., 1:]},
@@ -115,11 +118,12 @@ def test_a_missing_prompt(specvlm):
         specvlm.generate(max_new_tokens=4)
 
 
-def test_a_refused_prompt_keeps_no_slab(specvlm, prompt):
+def test_a_refused_prompt_keeps_no_slab(prompt):
+    specvlm = SpecVLM(tiny_llava())
     before = sum(map(len, specvlm.target._pool._free.values()))
     with pytest.raises(ValueError, match="image tokens"):
         specvlm.generate(**prompt | {"pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1)})
-    assert sum(map(len, specvlm.target._pool._free.values())) >= before
+    assert sum(map(len, specvlm.target._pool._free.values())) == before + 1, "one of another size was borrowed"
 
 
 def test_more_kv_than_there_is_memory():
@@ -142,8 +146,8 @@ def test_image_sizes_of_the_next_family():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("no/such/file.png", r"image: expected a picture file, got 'no/such/file.png': .*No such file"),
-        (__file__, r"image: expected a picture file, got .*test_inputs.py': cannot identify"),
+        ("no/such/file.png", r"image: expected a whole picture file, got 'no/such/file.png': .*No such file"),
+        (__file__, r"image: expected a whole picture file, got .*test_inputs.py': cannot identify"),
         (17, r"image: expected a PIL image or a path, got int"),
     ],
 )
@@ -157,8 +161,22 @@ def test_half_a_picture(specvlm, tmp_path):
     picture().save(whole)
     half = tmp_path / "half.png"
     half.write_bytes(whole.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"image: expected a picture file, got .*half.png"):
+    with pytest.raises(ValueError, match=r"image: expected a whole picture file, got .*half.png"):
         specvlm.ask(half, "what is it")
+    with pytest.raises(ValueError, match=r"image: expected a whole picture file, got one that breaks off"):
+        specvlm.ask(Image.open(half), "what is it")
+
+
+def test_a_picture_with_a_broken_chunk(specvlm, tmp_path):
+    whole = tmp_path / "whole.png"
+    pixels = torch.randint(0, 256, (200, 200, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(whole)
+    data = bytearray(whole.read_bytes())
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\0\0\0\0"
+    whole.write_bytes(data)
+    with pytest.raises(ValueError, match=r"image: expected a whole picture file, got .*whole.png"):
+        specvlm.ask(whole, "what is it")
 
 
 def test_asking_and_stop_strings_need_a_processor():
@@ -185,6 +203,27 @@ def test_asking_and_stop_strings_need_a_processor():
 def test_language_models_that_our_attention_cannot_serve(language, changes, message):
     with pytest.raises(ValueError, match=message):
         HFTarget(tiny_llava(language=language, **changes))
+
+
+def test_a_window_no_shorter_than_the_context_is_served():
+    model = tiny_llava(language="mistral", sliding_window=512)
+    prompt = prompt_for(model)
+    assert len(SpecVLM(model).generate(**prompt, max_new_tokens=400).tokens) == 400, "the slab outgrows the window"
+
+
+def test_a_language_model_of_another_make():
+    model = tiny_llava()
+    text = OPTConfig(vocab_size=VOCAB)
+    model.config.text_config = text
+    with pytest.raises(ValueError, match=r"language model: expected a Llama-, .* got opt, whose config has no num_key"):
+        HFTarget(model)
+
+
+def test_a_generation_config_that_asks_for_a_least_length():
+    model = tiny_llava()
+    model.generation_config.min_new_tokens = 4
+    with pytest.raises(ValueError, match="generation config: expected no min_new_tokens, got 4"):
+        HFTarget(model)
 
 
 def test_targets_of_another_family():
@@ -235,9 +274,24 @@ def test_a_checkpoint_with_a_tensor_missing(saved, tmp_path):
         load(tmp_path)
 
 
+def test_a_checkpoint_with_a_misshapen_tensor(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(saved / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    tensors[name] = tensors[name][:, 1:].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"target: expected every tensor in .*mismatched_keys.*o_proj.weight"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"device": "mps"}, r"device: expected cuda or cpu, got 'mps'"),
+        ({"device": "cuda:99"}, r"device: expected one that is there, got 'cuda:99', and torch finds \d+ GPUs"),
         (
             {"target": "no/such/folder/at/all"},
             r"target: expected a model folder or hub id, got 'no/such/folder/at/all'",
@@ -251,10 +305,15 @@ def test_loading(saved, arguments, message):
 
 
 def test_a_folder_that_is_no_draft(saved, specvlm, tmp_path):
-    with pytest.raises(ValueError, match=r"draft_type: expected .*, got None in .*config.json"):
-        load(saved, draft=saved)
     with pytest.raises(ValueError, match=r"draft: expected .*config.json to be a JSON object with a draft_type"):
         load(saved, draft=tmp_path)
+    for settings, message in (
+        ("{}", r"draft_type: expected 'eagle' or 'eagle3', got None in .*config.json"),
+        ('{"model_type": "opt"}', r"model_type: expected 'llava' or .*'qwen2' of a draft, got 'opt' in .*config.json"),
+    ):
+        (tmp_path / "config.json").write_text(settings)
+        with pytest.raises(ValueError, match=message):
+            load(saved, draft=tmp_path)
 
 
 @pytest.mark.parametrize(

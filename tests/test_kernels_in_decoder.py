@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft
+from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft, VLMDraft
+from specvlm.policies import Eagle2
 from specvlm.tree import Plan
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
 
@@ -40,7 +41,12 @@ def launches(monkeypatch) -> dict[str, int]:
 def eagle(specvlm: SpecVLM, plan: Plan) -> EagleDraft:
     """A head of random weights."""
     torch.manual_seed(1)
-    return EagleDraft(EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=96)), plan)
+    return EagleDraft(EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=96)), Eagle2(plan))
+
+
+def vlm(plan: Plan) -> VLMDraft:
+    """A small model of random weights."""
+    return VLMDraft(tiny_llava(seed=1, hidden_size=64, num_hidden_layers=1, num_key_value_heads=2), Eagle2(plan))
 
 
 @pytest.mark.interpreter
@@ -49,8 +55,9 @@ def test_an_answer_through_the_interpreter(launches, temperature):
     specvlm = SpecVLM(tiny_llava(num_key_value_heads=2))
     prompt = prompt_for(specvlm.target.model) | {"temperature": temperature, "max_new_tokens": 5}
     plain = specvlm.generate(**prompt, draft=None).tokens
-    draft = eagle(specvlm, Plan(nodes=6, depth=2, width=3))
-    assert specvlm.generate(**prompt, draft=draft).tokens == plain
+    plan = Plan(nodes=6, depth=2, width=3)
+    for draft in (eagle(specvlm, plan), vlm(plan)):
+        assert specvlm.generate(**prompt, draft=draft).tokens == plain
     knows = ScriptedDraft([*plain, 5, 5, 5], depth=3, decoys=1)
     answer = specvlm.generate(**prompt, draft=knows)
     assert answer.tokens == plain
@@ -70,7 +77,8 @@ def test_answers_are_equal_on_a_gpu(launches, temperature):
     specvlm = SpecVLM(model.to("cuda"))
     options = prompt | {"temperature": temperature, "max_new_tokens": 64}
     longer = specvlm.generate(**options | {"max_new_tokens": 80}).tokens
-    drafts = [NGramDraft(), ScriptedDraft(longer, depth=6, decoys=2), eagle(specvlm, Plan(32, 4, 6))]
+    plan = Plan(32, 4, 6)
+    drafts = [NGramDraft(), ScriptedDraft(longer, depth=6, decoys=2), eagle(specvlm, plan), vlm(plan)]
     for draft in drafts:
         assert specvlm.generate(**options, draft=draft).tokens == longer[:64]
     assert launches.keys() == {name for names in LAUNCHERS.values() for name in names}

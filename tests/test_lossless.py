@@ -6,8 +6,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specvlm import SpecVLM
-from specvlm.drafts import Draft, NGramDraft
-from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
+from specvlm.drafts import (
+    Draft,
+    Eagle3Config,
+    Eagle3Draft,
+    Eagle3Head,
+    EagleConfig,
+    EagleDraft,
+    EagleHead,
+    NGramDraft,
+    VLMDraft,
+)
+from specvlm.targets.base import TargetSpec
+from specvlm.targets.hf import HFTarget
+from tests.fakes import IMAGE_TOKEN, SAMPLING, VOCAB, ScriptedDraft, prompt_for, tiny_llava
 
 TOKENS = 72
 #: family, language model, key-value heads, pictures
@@ -16,15 +28,6 @@ MODELS = [
     ("llava", "qwen2", 2, 2),
     ("llava_next", "mistral", 2, 1),
     ("llava_next", "llama", 1, 2),
-]
-SAMPLING = [
-    {"temperature": 0.0},
-    {"temperature": 0.3},
-    {"temperature": 1.0},
-    {"temperature": 1.5},
-    {"temperature": 0.3, "top_k": 20},
-    {"temperature": 1.0, "top_p": 0.8},
-    {"temperature": 1.5, "top_k": 40, "top_p": 0.9},
 ]
 
 
@@ -35,9 +38,16 @@ def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Ten
     return model, prompt_for(model, images)
 
 
-def drafts(answer: list[int]) -> dict[str, Draft]:
+def drafts(answer: list[int], target: HFTarget) -> dict[str, Draft]:
     """Every kind of draft, some of which know the `answer`."""
+    spec, family = target.spec, target.model.config.model_type
+    small = tiny_llava(family, seed=3, hidden_size=64, num_hidden_layers=1, num_key_value_heads=2)
+    torch.manual_seed(3)
     return {
+        "eagle": EagleDraft(EagleHead(EagleConfig.for_target(spec, intermediate_size=64))),
+        "eagle, few tokens": EagleDraft(EagleHead(EagleConfig.for_target(spec, 64))).with_vocabulary(range(5, 160)),
+        "eagle3": eagle3(spec),
+        "vlm": VLMDraft(small),
         "ngram": NGramDraft(),
         "knows": ScriptedDraft(answer, depth=5),
         "knows, branching": ScriptedDraft(answer, depth=5, decoys=2),
@@ -46,13 +56,21 @@ def drafts(answer: list[int]) -> dict[str, Draft]:
     }
 
 
+def eagle3(spec: TargetSpec) -> Eagle3Draft:
+    """A head that can propose what stands behind the image token."""
+    tokens = torch.arange(IMAGE_TOKEN + 1, VOCAB)
+    head = Eagle3Head(Eagle3Config.for_target(spec, intermediate_size=64, draft_vocab_size=len(tokens)))
+    head.set_vocabulary(tokens)
+    return Eagle3Draft(head)
+
+
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 def test_every_draft_gives_the_answer_of_autoregressive_decoding(case, sampling):
     model, prompt = case
     specvlm = SpecVLM(model)
     options = prompt | sampling | {"seed": 11}
     longer = specvlm.generate(**options, max_new_tokens=TOKENS + 40).tokens
-    for name, draft in drafts(longer).items():
+    for name, draft in drafts(longer, specvlm.target).items():
         answer = specvlm.generate(**options, max_new_tokens=TOKENS, draft=draft)
         assert answer.tokens == longer[:TOKENS], name
 
@@ -63,7 +81,7 @@ def test_greedy_answers_are_those_of_transformers(case):
     specvlm = SpecVLM(model)
     assert torch.equal(specvlm.generate(**prompt, max_new_tokens=TOKENS).sequences, expected)
     known = expected[0, prompt["input_ids"].shape[1] :].tolist()
-    for name, draft in drafts(known + [5] * 40).items():
+    for name, draft in drafts(known + [5] * 40, specvlm.target).items():
         answer = specvlm.generate(**prompt, max_new_tokens=TOKENS, draft=draft)
         assert torch.equal(answer.sequences, expected), name
     again = model.generate(**prompt, do_sample=False, max_new_tokens=TOKENS)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specvlm.tree import BUCKETS, Candidates, Growth, Plan, bucket, rerank, root_only, tree_from_lists
+from specvlm.tree import BUCKETS, Growth, Plan, bucket, rerank, root_only, tree_from_lists
 from specvlm_kernels import pack_ancestors
+from tests.growth import RandomDraft, grow
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def test_buckets():
         ({"nodes": 129}, "nodes: expected an integer from 1 to 128, got 129"),
         ({"depth": 0}, "depth: expected an integer from 1 to 128, got 0"),
         ({"depth": 129}, "depth: expected an integer from 1 to 128, got 129"),
-        ({"width": 0}, "width: expected an integer from 1 to 128, got 0"),
+        ({"width": 0}, "width: expected an integer from 1 to 64, got 0"),
         ({"depth": 20, "width": 10}, r"width: expected \(depth - 1\) \* width of at most 128, got 19 \* 10"),
     ],
 )
@@ -79,39 +80,6 @@ def plain_eagle2(root: int, plan: Plan, children: list) -> tuple[list[int], list
     return tokens, parents, depths
 
 
-class RandomDraft:
-    """The same children of the same path, whoever asks: log-probabilities from a coarse grid, so that many tie."""
-
-    def __init__(self, seed: int, width: int, steps: int) -> None:
-        self.seed, self.width, self.steps = seed, width, steps
-
-    def __call__(self, path: tuple[int, ...]) -> list[tuple[int, float]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, path)) % 2**31)
-        tokens = torch.randperm(50, generator=generator)[: self.width].tolist()
-        scores = -torch.randint(0, self.steps, (self.width,), generator=generator).double() / 4
-        return list(zip(tokens, scores.sort(descending=True).values.float().tolist(), strict=True))
-
-
-def grow(roots: list[int], plan: Plan, drafts: list[RandomDraft]) -> tuple[Candidates, list[list[tuple]], Growth]:
-    """Grows a batch level by level, and keeps each level's paths."""
-    growth = Growth(torch.tensor(roots), plan)
-    paths: list[list[tuple[int, ...]]] = [[()] for _ in roots]
-    for level in range(plan.depth):
-        grown = [[draft(path) for path in row] for draft, row in zip(drafts, paths, strict=True)]
-        tokens = torch.tensor([[[t for t, _ in node] for node in row] for row in grown])
-        scores = torch.tensor([[[s for _, s in node] for node in row] for row in grown])
-        growth.expand(tokens, scores)
-        if level + 1 < plan.depth:
-            beam = growth.beam()
-            paths = [
-                [(*row[parent], token) for token, parent in zip(*pair, strict=True)]
-                for row, pair in zip(
-                    paths, zip(beam.tokens.tolist(), beam.parent_rows.tolist(), strict=True), strict=True
-                )
-            ]
-    return growth.candidates(), paths, growth
-
-
 plans = st.builds(Plan, nodes=st.integers(1, 40), depth=st.integers(1, 5), width=st.integers(1, 6))
 
 
@@ -120,7 +88,7 @@ plans = st.builds(Plan, nodes=st.integers(1, 40), depth=st.integers(1, 5), width
 def test_growth_is_eagle2s(plan, seed, steps):
     roots = [7, 11]
     drafts = [RandomDraft(seed + row, plan.width, steps) for row in range(2)]
-    candidates, _, _ = grow(roots, plan, drafts)
+    candidates = grow(roots, plan, drafts)
     tree = rerank(candidates, plan)
     assert tree.tokens.shape[1] == bucket(plan.nodes)
     for row, root in enumerate(roots):
@@ -137,7 +105,7 @@ def test_growth_is_eagle2s(plan, seed, steps):
 @settings(max_examples=60, deadline=None)
 @given(plan=plans, seed=st.integers(0, 1000), steps=st.sampled_from([1, 2, 12]))
 def test_trees_are_well_formed(plan, seed, steps):
-    candidates, _, _ = grow([7], plan, [RandomDraft(seed, plan.width, steps)])
+    candidates = grow([7], plan, [RandomDraft(seed, plan.width, steps)])
     tree = rerank(candidates, plan)
     parents, tokens = tree.parents[0].tolist(), tree.tokens[0].tolist()
     nodes = [i for i, parent in enumerate(parents) if parent >= 0]

@@ -1,4 +1,4 @@
-"""The command line: `specvlm demo`, `generate`, `check` and `doctor`.
+"""The command line: `specvlm demo`, `generate`, `check`, `vocab` and `doctor`.
 
 Options are the fields of dataclasses: `GenerateConfig` says how tokens are drawn, here as in Python. What a user got
 wrong ends in one line and exit status 2.
@@ -68,7 +68,8 @@ class ModelChoice:
 
     target: str = field(metadata={"help": "Folder or hub id of a LLaVA in transformers' format, or demo."})
     draft: str | None = field(
-        default=None, metadata={"help": "ngram, a folder or a hub id; by default what ships with the target."}
+        default=None,
+        metadata={"help": "ngram, demo, demo-vlm, a folder or a hub id; by default the target's own."},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "float32, float16 or bfloat16; by default bfloat16 on a GPU, else float32."}
@@ -77,13 +78,17 @@ class ModelChoice:
 
     def load(self) -> "SpecVLM":
         """The model, without what transformers would say and show meanwhile."""
-        from transformers.utils import logging
-
         from specvlm.loading import load
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        _silence()
         return load(self.target, self.draft, dtype=self.dtype, device=self.device)
+
+
+def _silence() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,6 +240,8 @@ def check(
 
     questions = _questions(prompt, image, prompts)
     model = choice.load()
+    for pictures, question in questions:
+        model.prepare(pictures, question)  # so that a bad picture is refused before anything is answered
     results: list[Comparison] = []
     for number, (pictures, question) in enumerate(questions):
         results.append(compare(model, model.prepare(pictures, question), config))
@@ -247,6 +254,45 @@ def check(
         print(f"{equal} of {len(results)} equal")
     if equal < len(results):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def vocab(
+    target: Annotated[
+        str, typer.Option(help="Folder or hub id of a LLaVA in transformers' format, or demo; no weights are read.")
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="A file to count: .txt, a document a line, or .jsonl, an object with text or caption a line "
+            "(may be given again)."
+        ),
+    ],
+    keep: Annotated[int, typer.Option(help="How many token ids.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write down the most frequent tokens of a text, for a draft that proposes those alone."""
+    from specvlm.console import bytes_bar
+    from specvlm.loading import load_spec
+    from specvlm.vocabulary import check_keep, count_tokens, most_frequent, write_vocabulary
+
+    _silence()
+    spec = load_spec(target)
+    check_keep(keep, spec)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"out: expected a file in a folder that is there, got {out}")
+    with bytes_bar("counting", sum(path.stat().st_size for path in text)) as show:
+        for found in count_tokens(text, spec):
+            show(found.bytes_read)
+    ids = most_frequent(found.counts, keep, spec)
+    write_vocabulary(out, ids)
+    tokens, share = int(found.counts.sum()), found.share(ids)
+    if as_json:
+        about = {"out": str(out), "ids": len(ids), "vocab_size": spec.vocab_size, "documents": found.documents}
+        _print_json(about | {"tokens": tokens, "share": share})
+        return
+    print(f"{len(ids)} of {spec.vocab_size} ids: {share:.2%} of {tokens} tokens in {found.documents} documents")
 
 
 @app.command()
@@ -344,6 +390,8 @@ def _question(line: str, number: int, path: Path) -> tuple[list[Path], str]:
         entry = json.loads(line)
         prompt, images = entry["prompt"], entry.get("image", [])
         pictures = [path.parent / one for one in ([images] if isinstance(images, str) else images)]
+        if not isinstance(prompt, str):
+            raise TypeError("a prompt is text")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"prompts: expected a JSON object with a prompt in line {number} of {path}, got {line!r}"

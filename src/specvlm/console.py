@@ -1,10 +1,12 @@
 """What people read: answers as they come, in two colours, and tables. Plain text where there is no terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
@@ -23,6 +25,20 @@ _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"
 def screen(*, stderr: bool = False) -> Console:
     """A console that leaves text as it is: no highlighting, no markup, no wrapping."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
+def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` bytes on stderr, with an estimate of the time left; nothing where there is no terminal.
+
+    Yields:
+        what tells it how many bytes are done.
+    """
+    console = screen(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def legend() -> Text:

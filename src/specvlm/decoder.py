@@ -35,15 +35,18 @@ def decode(
 
     Args:
         target: whose answer it is.
-        draft: bound to `target`.
+        draft: is bound to `target`.
         inputs: as the target's processor gives them.
+        sampling: how tokens are drawn, for one prompt.
+        limits: when the answer ends.
 
     Yields:
         prefill's token, then what each round emitted.
 
     Raises:
-        ValueError: the inputs do not fit the target; raised before any work.
+        ValueError: the inputs do not fit the target; raised before any decoding.
     """
+    draft.bind(target)
     state, prompt = target.prefill(inputs, sampling=sampling, limits=limits, taps=draft.taps)
     with contextlib.closing(state):
         session = draft.start(prompt, state)
@@ -74,8 +77,8 @@ class SpecVLM:
     """A vision-language model that answers with the help of a draft, and as it would answer without.
 
     Args:
-        model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` in memory; it stays as it
-            is, and can go on being used.
+        model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` in memory; it is switched to
+            evaluation and else stays as it is, and can go on being used.
         draft: a Draft, the name of one without weights ("ngram"), a folder or a hub id; None: none.
         processor: the model's, for `ask` and for stop strings.
 
@@ -149,14 +152,26 @@ class SpecVLM:
         return self.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
 
     def prepare(self, image: Any, question: str) -> dict[str, Any]:
-        """The processor's output for a question about one or several pictures, in the model's chat format."""
+        """The processor's output for a question about one or several pictures, in the model's chat format.
+
+        Args:
+            image: a picture, a picture file, or a list of them, which may be empty.
+
+        Returns:
+            what `generate` takes: input_ids and attention_mask [1, T] and the pictures' tensors.
+
+        Raises:
+            ValueError: no processor with a chat template is there, or `image` is not a picture.
+        """
         if getattr(self.processor, "chat_template", None) is None:
             got = "none" if self.processor is None else "one without"
             raise ValueError(f"processor: expected one with a chat template, got {got}")
         pictures = [open_picture(one) for one in (image if isinstance(image, list | tuple) else [image])]
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return dict(self.processor(images=pictures or None, text=text, return_tensors="pt"))
+        bos = self.processor.tokenizer.bos_token
+        once = bos is None or not text.startswith(bos)  # some templates write it themselves
+        return dict(self.processor(images=pictures or None, text=text, return_tensors="pt", add_special_tokens=once))
 
     def _decode(self, kwargs: dict[str, Any], draft: Draft | str | Path | None) -> tuple[Iterator[Emitted], int]:
         """The rounds of one answer, and its seed."""
@@ -168,7 +183,7 @@ class SpecVLM:
         bound = self.draft if draft is _LOADED else self._bound(draft)
         seed = secrets.randbits(63) if config.seed is None else config.seed
         sampling = Sampling.of(config, seed, batch=1, device=self.target.spec.device)
-        limits = _limits(config, self.target.spec, _prompt_length(inputs))
+        limits = limits_of(config, self.target.spec, inputs)
         return decode(self.target, bound, inputs, sampling=sampling, limits=limits), seed
 
     def _bound(self, draft: Draft | str | Path | None) -> Draft:
@@ -181,21 +196,25 @@ class SpecVLM:
         return found
 
 
-def _prompt_length(inputs: Mapping[str, Any]) -> int:
-    """Tokens of the prompt without padding; 0 for ids that prefill will refuse."""
+def limits_of(config: GenerateConfig, spec: TargetSpec, inputs: Mapping[str, Any]) -> Limits:
+    """Where an answer ends: what the call says, else the model's generation config, else 256 tokens or the context.
+
+    Raises:
+        ValueError: the prompt, padding included, is as long as the generation config's max_length already.
+    """
     input_ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return int(mask.sum())
-    return input_ids.numel() if isinstance(input_ids, Tensor) else 0
-
-
-def _limits(config: GenerateConfig, spec: TargetSpec, prompt_length: int) -> Limits:
-    """Where an answer ends: what the call says, else the model's generation config, else 256 tokens or the context."""
+    length = input_ids.numel() if isinstance(input_ids, Tensor) else 0  # prefill refuses what is no tensor
     limit = config.max_new_tokens or spec.max_new_tokens
     if limit is None and spec.max_length is not None:
-        limit = max(1, spec.max_length - prompt_length)
+        if length >= spec.max_length:
+            raise ValueError(
+                f"max_length: expected more than the prompt's {length} tokens, got {spec.max_length} in the model's "
+                "generation config; max_new_tokens goes before it"
+            )
+        limit = spec.max_length - length
     if limit is None:
-        limit = max(1, min(DEFAULT_MAX_NEW_TOKENS, spec.context - prompt_length))
+        kept = int(mask.sum()) if isinstance(mask, Tensor) else length
+        limit = max(1, min(DEFAULT_MAX_NEW_TOKENS, spec.context - kept))
     return Limits(limit, spec.eos_ids, _stop_check(config.stop_strings, spec.tokenizer))
 
 

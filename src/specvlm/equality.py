@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from specvlm.config import GenerateConfig
-from specvlm.decoder import SpecVLM
+from specvlm.decoder import SpecVLM, limits_of
 from specvlm.drafts import NoDraft
-from specvlm.state import Limits, Sampling
+from specvlm.state import Sampling
 from specvlm.targets.base import Target
 from specvlm.tree import root_only
 from specvlm_kernels.reference.acceptance import perturbed
@@ -65,20 +65,25 @@ def compare(model: SpecVLM, inputs: Mapping[str, Any], config: GenerateConfig) -
     for index, (token, other) in enumerate(zip_longest(expected.tokens, got.tokens)):
         if token != other:
             gap = (
-                None if None in (token, other) else _gap(model.target, inputs, GenerateConfig(**options), index, other)
+                None
+                if token is None or other is None
+                else _gap(model.target, inputs, GenerateConfig(**options), index, token, other)
             )
             return Comparison(len(expected.tokens), got.stats.tau, Divergence(index, token, other, gap))
     return Comparison(len(expected.tokens), got.stats.tau, None)
 
 
 @torch.no_grad()
-def _gap(target: Target, inputs: Mapping[str, Any], config: GenerateConfig, index: int, other: int) -> float | None:
+def _gap(
+    target: Target, inputs: Mapping[str, Any], config: GenerateConfig, index: int, token: int, other: int
+) -> float | None:
     """By how much autoregressive decoding preferred its token `index` to `other`: the same arithmetic, run again."""
     sampling = Sampling.of(config, config.seed or 0, batch=1, device=target.spec.device)
-    state, _ = target.prefill(inputs, sampling=sampling, limits=Limits(index + 1), taps=None)
+    limits = limits_of(config, target.spec, inputs)  # the slab's size follows from them
+    state, _ = target.prefill(inputs, sampling=sampling, limits=limits, taps=None)
     with contextlib.closing(state):
         state.first()
-        while not state.finished:
+        for _ in range(index):
             tree = root_only(state.root)
             scores = target.verify(tree, state)
             state.commit(tree, scores, sampling.accept(tree, scores.logits, state.kv_len))
@@ -86,5 +91,5 @@ def _gap(target: Target, inputs: Mapping[str, Any], config: GenerateConfig, inde
         rated = perturbed(
             logits, state.kv_len[:, None] - 1, config.temperature, config.top_k, config.top_p, sampling.seed
         )[0, 0]
-        gap = float(rated[int(state.root)] - rated[other])
+        gap = float(rated[token] - rated[other])
     return gap if math.isfinite(gap) else None

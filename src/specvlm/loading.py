@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, GenerationConfig
 
 from specvlm.decoder import SpecVLM
 from specvlm.demo import MODEL_DIR
 from specvlm.drafts import Draft
-from specvlm.targets.hf import FAMILIES
+from specvlm.targets.base import TargetSpec
+from specvlm.targets.hf import FAMILIES, spec_of
+from specvlm.targets.hf_loading import first_line, load_whole, read_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,8 +27,8 @@ def load(
 
     Args:
         target: a folder or hub id in transformers' format, or "demo", the model that ships.
-        draft: the name of a draft without weights ("ngram"), a folder or a hub id; None: "ngram" for the shipped
-            target, else none.
+        draft: "ngram", "demo" (the shipped target's head), a folder or a hub id; None: "demo" for the shipped target,
+            else none.
         dtype: "float32", "float16" or "bfloat16"; None: bfloat16 on a GPU, float32 on a CPU.
         device: None: the GPU if there is one, else the CPU.
 
@@ -42,44 +43,45 @@ def load(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device: expected cuda or cpu, got {device!r}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {str(place)!r}, and torch finds no GPU")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cuda or cpu, got {str(place)!r}")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is there, got {str(place)!r}, and torch finds {torch.cuda.device_count()} GPUs"
+        )
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     precision = wanted or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if str(target) == "demo":
-        target, draft = MODEL_DIR, "ngram" if draft is None else draft
-    return SpecVLM(_model(target, precision).to(place), draft=draft, processor=_processor(target))
+        target, draft = MODEL_DIR, "demo" if draft is None else draft
+    model = load_whole("target", target, FAMILIES, precision).to(place)
+    return SpecVLM(model, draft=draft, processor=_processor(target))
 
 
-def _model(target: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, whole: transformers would fill what a checkpoint lacks with random numbers and a warning."""
+def load_spec(target: str | Path) -> TargetSpec:
+    """Sizes, ids and tokenizer of a target, without its weights; dtype and device are the CPU's.
+
+    Args:
+        target: as `load` takes it.
+
+    Raises:
+        ValueError: what is missing, broken or unsupported.
+    """
+    source = MODEL_DIR if str(target) == "demo" else target
+    config, _ = read_config("target", source, FAMILIES)
     try:
-        config = AutoConfig.from_pretrained(target)
-        family = {family.config_class: family for family in FAMILIES}.get(type(config))
-        if family is None:
-            names = " or ".join(family.config_class.model_type for family in FAMILIES)
-            raise ValueError(f"target: expected a {names} model, got {config.model_type} in {target}")
-        model, info = family.from_pretrained(target, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"target: expected whole safetensors files in {target}, got {error}") from error
-    except OSError as error:
-        raise ValueError(f"target: expected a model folder or hub id, got {str(target)!r}: {_line(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            raise ValueError(
-                f"target: expected every tensor in {target}, got {problem} {sorted(map(str, info[problem]))}"
-            )
-    return model
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # there is none: transformers makes it of the config as well
+        generation = GenerationConfig.from_model_config(config)
+    tokenizer = getattr(_processor(source), "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"target: expected a processor with a tokenizer in {target}, got one without")
+    return spec_of(config, generation, tokenizer, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def _processor(target: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(target)
     except (OSError, ValueError) as error:
-        raise ValueError(f"target: expected a processor in {target}, got {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        raise ValueError(f"target: expected a processor in {target}, got {first_line(error)}") from error

@@ -9,6 +9,9 @@ from specvlm.decoder import Answer, SpecVLM
 from specvlm.drafts import Draft, NoDraft
 from specvlm.trace import Trace, TracedDraft, TracedTarget
 
+#: Tokens of a warm-up: several rounds.
+_WARM_UP = 24
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -75,7 +78,7 @@ def measure(
     repeats: int,
     max_new_tokens: int,
 ) -> Iterator[list[Row]]:
-    """Answers all `prompts` by every draft at every temperature, `repeats` times after a warm-up.
+    """Answers all `prompts` by every draft at every temperature, `repeats` times, after a warm-up of a few tokens.
 
     A repeat has a seed of its own and takes every condition in turn, each time beginning with another one, so that a
     slow spell of the machine meets all alike. Making the prompts is not measured.
@@ -89,19 +92,19 @@ def measure(
     conditions = [(name, temperature) for temperature in temperatures for name in drafts]
     runs: dict[tuple[str | None, float], list[_Run]] = {condition: [] for condition in conditions}
 
-    def run(name: str | None, temperature: float, seed: int) -> _Run:
+    def run(name: str | None, temperature: float, seed: int, asked: Sequence[Mapping[str, Any]], tokens: int) -> _Run:
         trace = Trace()
         draft = TracedDraft(drafts[name] or NoDraft(), trace)
         traced = SpecVLM.from_target(TracedTarget(model.target, trace), draft)
-        options: dict[str, Any] = {"temperature": temperature, "seed": seed, "max_new_tokens": max_new_tokens}
-        return _Run([traced.generate(**prompt, **options) for prompt in prompts], trace)
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed, "max_new_tokens": tokens}
+        return _Run([traced.generate(**prompt, **options) for prompt in asked], trace)
 
     for condition in conditions:
-        run(*condition, seed=0)
+        run(*condition, 0, prompts[:1], min(_WARM_UP, max_new_tokens))
     for repeat in range(repeats):
         first = repeat % len(conditions)
         for condition in conditions[first:] + conditions[:first]:
-            runs[condition].append(run(*condition, seed=repeat))
+            runs[condition].append(run(*condition, repeat, prompts, max_new_tokens))
         yield [_row(*condition, runs[condition], runs[None, condition[1]]) for condition in conditions]
 
 

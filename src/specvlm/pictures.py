@@ -13,12 +13,13 @@ def open_picture(picture: Any) -> Image.Image:
     Raises:
         ValueError: it is neither, the file is not there, or it is not a whole picture.
     """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not isinstance(picture, str | os.PathLike):
+    if not isinstance(picture, Image.Image | str | os.PathLike):
         raise ValueError(f"image: expected a PIL image or a path, got {type(picture).__name__}")
     try:
+        if isinstance(picture, Image.Image):
+            return picture.convert("RGB")
         with Image.open(Path(picture)) as opened:
             return opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: expected a picture file, got {str(picture)!r}: {error}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a SyntaxError is PIL's for a broken PNG
+        name = repr(str(picture)) if isinstance(picture, str | os.PathLike) else "one that breaks off"
+        raise ValueError(f"image: expected a whole picture file, got {name}: {error}") from error

@@ -178,16 +178,23 @@ class DecodeState:
     @property
     def root(self) -> Tensor:
         """[B] the last emitted token, whose KV is not yet computed."""
-        return self.step.tokens.gather(1, self.step.count[:, None].long() - 1)[:, 0]
+        tokens = self.step.tokens
+        return tokens[:, 0] if tokens.shape[1] == 1 else tokens.gather(1, self.step.count[:, None].long() - 1)[:, 0]
 
     def first(self) -> Emitted:
         """The token that prefill drew."""
         return self._emit()
 
     def commit(self, tree: DraftTree, scores: Scores, accepted: Accepted) -> Emitted:
-        """Ends a round: keeps the KV of the accepted path, advances, and brings the tokens to the host."""
-        compact_kv(self.slab, self.kv_len, accepted.path, accepted.length)
-        self.step = _step(tree, scores, accepted)
+        """Ends a round: keeps the KV of the accepted path, advances, and brings the tokens to the host.
+
+        Changes the slab, `kv_len`, `step`, `tokens` and, where the answer ends, `finished`.
+        """
+        if tree.max_depth:
+            compact_kv(self.slab, self.kv_len, accepted.path, accepted.length)
+            self.step = _step(tree, scores, accepted)
+        else:  # the root alone, which stands where it belongs
+            self.step = Step(accepted.next_token[:, None], scores.features[:, :1], accepted.length + 1)
         self.kv_len += self.step.count
         return self._emit()
 

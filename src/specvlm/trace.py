@@ -32,7 +32,7 @@ class TracedTarget:
 
     def __init__(self, target: Target, trace: Trace) -> None:
         self._target, self._trace = target, trace
-        self.spec, self.input_names = target.spec, target.input_names
+        self.spec, self.model, self.input_names = target.spec, target.model, target.input_names
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self._target.embed(tokens)

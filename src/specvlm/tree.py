@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from specvlm.checks import check_int
+from specvlm_kernels import pack_ancestors
+from specvlm_kernels.drafting import MOST_CHILDREN
 
 #: Sizes a tree may have, so that a graph is captured once a size.
 BUCKETS = (1, 8, 16, 32, 64, 128)
@@ -95,6 +97,11 @@ class Plan:
         nodes: the most nodes, root included.
         depth: the deepest node, which is the draft's forwards a round.
         width: nodes expanded a level, and children proposed for each.
+
+    Raises:
+        ValueError: nodes or depth outside 1..128, width outside 1..64, or levels that together hold more nodes than a
+            slab has room for.
+        TypeError: a field that is no integer.
     """
 
     nodes: int
@@ -104,7 +111,7 @@ class Plan:
     def __post_init__(self) -> None:
         check_int("nodes", self.nodes, low=1, high=BUCKETS[-1])
         check_int("depth", self.depth, low=1, high=BUCKETS[-1])
-        check_int("width", self.width, low=1, high=BUCKETS[-1])
+        check_int("width", self.width, low=1, high=MOST_CHILDREN)
         if (self.depth - 1) * self.width > BUCKETS[-1]:
             raise ValueError(
                 f"width: expected (depth - 1) * width of at most {BUCKETS[-1]}, got {self.depth - 1} * {self.width}"
@@ -120,14 +127,24 @@ class Candidates:
         tokens: [B, C] int64.
         parents: [B, C] int64 index of the parent among the candidates; -1 for the root's children.
         scores: [B, C] fp32 cumulative log-probability, never above the parent's; -inf: no node.
-        depths: [C] int32, at least 1.
+        sizes: candidates of depth 1, 2, ...
     """
 
     root: Tensor
     tokens: Tensor
     parents: Tensor
     scores: Tensor
-    depths: Tensor
+    sizes: tuple[int, ...]
+
+    @property
+    def depths(self) -> Tensor:
+        """[C] int32, at least 1."""
+        return _level_depths(self.sizes, self.tokens.device)
+
+    def level(self, depth: int) -> slice:
+        """Where the candidates of `depth` stand."""
+        first = sum(self.sizes[: depth - 1])
+        return slice(first, first + self.sizes[depth - 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +182,11 @@ class Growth:
         self._levels: list[tuple[Tensor, Tensor, Tensor]] = []
         self._count = 0
 
+    @property
+    def parent_scores(self) -> Tensor:
+        """[B, R] fp32 cumulative log-probabilities of the nodes that `expand` adds children to."""
+        return self._scores
+
     def expand(self, tokens: Tensor, scores: Tensor) -> None:
         """Adds a level: children [B, R, k] of the R nodes of the last beam (of the root, at first).
 
@@ -194,9 +216,7 @@ class Growth:
     def candidates(self) -> Candidates:
         """All nodes of all levels."""
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*self._levels, strict=True))
-        sizes = [level[0].shape[1] for level in self._levels]
-        depths = _level_depths(tuple(sizes), tokens.device)
-        return Candidates(self._root, tokens, parents, scores, depths)
+        return Candidates(self._root, tokens, parents, scores, tuple(level[0].shape[1] for level in self._levels))
 
 
 @lru_cache(maxsize=64)
@@ -213,6 +233,12 @@ def _own_bits(first_slot: int, count: int, words: int, device: torch.device) -> 
 def _level_depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """[sum(sizes)] int32: 1 for the first level's nodes, and so on."""
     return torch.repeat_interleave(torch.arange(1, len(sizes) + 1, dtype=torch.int32), torch.tensor(sizes)).to(device)
+
+
+@lru_cache(maxsize=64)
+def chain_ancestors(length: int, device: torch.device) -> Tensor:
+    """[1, length, W] packed bits of tokens that follow one another."""
+    return pack_ancestors(torch.arange(-1, length - 1, dtype=torch.int32, device=device)[None])
 
 
 def rerank(candidates: Candidates, plan: Plan) -> DraftTree:
@@ -244,8 +270,8 @@ def rerank(candidates: Candidates, plan: Plan) -> DraftTree:
 
 
 def _padded(first: Tensor | float, rows: Tensor, unused: int, filler: Tensor | float) -> Tensor:
-    """[B, 1 + n + unused]: `first`, the rows [B, n], then `filler`."""
+    """[B, 1 + n + unused]: `first`, the rows [B, n], then `filler`; numbers are filled in on the device."""
     batch = rows.shape[0]
-    head = torch.as_tensor(first, dtype=rows.dtype, device=rows.device).expand(batch, 1)
-    tail = torch.as_tensor(filler, dtype=rows.dtype, device=rows.device).expand(batch, unused)
+    head = first if isinstance(first, Tensor) else rows.new_full((batch, 1), first)
+    tail = filler.expand(batch, unused) if isinstance(filler, Tensor) else rows.new_full((batch, unused), filler)
     return torch.cat([head, rows, tail], dim=1)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
-from specvlm.drafts import eagle as eagle_module
-from specvlm.state import Limits, Sampling
-from specvlm.tree import Beam, Growth, Plan
+from specvlm.policies import Eagle2
+from specvlm.tree import Plan
+from tests.drafts.formula import attention, check_rounds, gated, layer_weights, rms_norm
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava
 
 
@@ -28,7 +28,7 @@ def random_draft(
     torch.manual_seed(1)
     config = EagleConfig.for_target(specvlm.target.spec, intermediate_size=96)
     reduced = {} if vocabulary is None else {"draft_vocab_size": len(vocabulary)}
-    draft = EagleDraft(EagleHead(replace(config, **reduced | changes)), plan)
+    draft = EagleDraft(EagleHead(replace(config, **reduced | changes)), Eagle2(plan))
     if vocabulary is not None:
         draft.head.vocabulary.copy_(torch.tensor(vocabulary))
     draft.bind(specvlm.target)
@@ -37,36 +37,13 @@ def random_draft(
 
 def straight_line(draft: EagleDraft, embeds: Tensor, features: Tensor) -> Tensor:
     """A head's outputs [T, H] for a chain of pairs at rotary positions 0 to T - 1, each seeing those before it."""
-    w, config = draft.head.state_dict(), draft.head.config
-    length, heads, kv_heads, dim = len(embeds), config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    w, layer, config = draft.head.state_dict(), layer_weights(draft, "layers.0."), draft.head.config
     x = torch.cat([embeds, features], dim=-1) @ w["fc.weight"].T
     if config.bias:
         x = x + w["fc.bias"]
-
-    def norm(values: Tensor, name: str) -> Tensor:
-        scale = w[f"layers.0.{name}.weight"]
-        return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * scale
-
-    entering = norm(x, "input_layernorm") if config.input_layernorm else x
-    angle = torch.arange(length)[:, None] / config.rope_theta ** (torch.arange(0, dim, 2) / dim)  # [T, D/2]
-
-    def rotated(values: Tensor) -> Tensor:
-        first, second = values.chunk(2, dim=-1)
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-    def heads_of(name: str, count: int) -> Tensor:
-        return (entering @ w[f"layers.0.self_attn.{name}.weight"].T).view(length, count, dim)
-
-    q, k, v = rotated(heads_of("q_proj", heads)), rotated(heads_of("k_proj", kv_heads)), heads_of("v_proj", kv_heads)
-    k, v = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5
-    later = torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
-    p = scores.masked_fill(later, -torch.inf).softmax(-1)
-    x = x + torch.einsum("hqk,khd->qhd", p, v).reshape(length, -1) @ w["layers.0.self_attn.o_proj.weight"].T
-    y = norm(x, "post_attention_layernorm")
-    gate = torch.nn.functional.silu(y @ w["layers.0.mlp.gate_proj.weight"].T)
-    return x + (gate * (y @ w["layers.0.mlp.up_proj.weight"].T)) @ w["layers.0.mlp.down_proj.weight"].T
+    entering = rms_norm(x, layer["input_layernorm.weight"], config) if config.input_layernorm else x
+    x = x + attention(entering, layer, config)
+    return x + gated(rms_norm(x, layer["post_attention_layernorm.weight"], config), layer)
 
 
 @pytest.mark.parametrize("changes", [{}, {"input_layernorm": True}, {"bias": False}, {"rope_theta": 500.0}], ids=str)
@@ -74,49 +51,8 @@ def straight_line(draft: EagleDraft, embeds: Tensor, features: Tensor) -> Tensor
 def test_draft_logits_follow_the_formula_at_every_level(specvlm, changes, monkeypatch):
     plan = Plan(nodes=16, depth=4, width=3)
     draft = random_draft(specvlm, plan, **changes)
-    target = specvlm.target
-    prompt_inputs = prompt_for(target.model)
-    sampling = Sampling(1.0, 0, 1.0, torch.tensor([5]))
-    state, prompt = target.prefill(prompt_inputs, sampling=sampling, limits=Limits(60), taps=None)
-    state.first()
-    session = draft.start(prompt, state)
-    logits: list[Tensor] = []
-    beams: list[Beam] = []
-    draft_logits, grow_beam = draft.logits, Growth.beam
-    monkeypatch.setattr(draft, "logits", lambda hidden: logits.append(draft_logits(hidden)) or logits[-1])
-    monkeypatch.setattr(Growth, "beam", lambda growth: beams.append(grow_beam(growth)) or beams[-1])
-
-    # A chain of everything said so far, whose pairs are true: feature i with the embedding of token i + 1.
-    embeds, features = [prompt.embeds[0, 1:]], [prompt.features[0, :-1]]
-    for _ in range(6):
-        count = int(state.step.count[0])
-        embeds.append(target.embed(state.step.tokens[0, :count]))
-        features.append(state.step.features[0, :count])
-        logits.clear()
-        beams.clear()
-        tree = session.propose(state)
-        assert len(logits) == plan.depth
-        chain = torch.cat(embeds), torch.cat(features)
-        out = straight_line(draft, *chain)
-        torch.testing.assert_close(logits[0][0, 0], target.head(out[-1]), atol=1e-5, rtol=1e-5)
-        check_levels(draft, chain, out[-1], beams, logits)
-        accepted = sampling.accept(tree, target.verify(tree, state).logits, state.kv_len)
-        state.commit(tree, target.verify(tree, state), accepted)
-
-
-def check_levels(draft: EagleDraft, chain: tuple[Tensor, Tensor], at_root: Tensor, beams: list, logits: list) -> None:
-    """Every node's logits: the chain, then the path to the node, whose features are its parents' outputs."""
-    paths: list[tuple[list[Tensor], list[Tensor]]] = [([], [at_root])]
-    for beam, level in zip(beams, logits[1:], strict=True):
-        grown = []
-        for row, (token, parent) in enumerate(zip(beam.tokens[0], beam.parent_rows[0].tolist(), strict=True)):
-            tokens, outputs = paths[parent]
-            tokens = [*tokens, token]
-            path = draft.target.embed(torch.stack(tokens)), torch.stack(outputs)
-            out = straight_line(draft, *(torch.cat(pair) for pair in zip(chain, path, strict=True)))[-1]
-            torch.testing.assert_close(level[0, row], draft.target.head(out), atol=1e-5, rtol=1e-5)
-            grown.append((tokens, [*outputs, out]))
-        paths = grown
+    head = specvlm.target.head
+    check_rounds(specvlm, draft, plan, monkeypatch, line=straight_line, fused=lambda f: f, logits_of=head)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +80,8 @@ def test_image_tokens_are_never_proposed(specvlm, monkeypatch):
     favoured[IMAGE_TOKEN] = 1e4
     monkeypatch.setattr(draft, "logits", lambda hidden: draft.target.head(hidden) + favoured)
     seen = []
-    rerank = eagle_module.rerank
-    monkeypatch.setattr(eagle_module, "rerank", lambda *args: seen.append(rerank(*args)) or seen[-1])
+    select = Eagle2.select
+    monkeypatch.setattr(Eagle2, "select", lambda *args: seen.append(select(*args)) or seen[-1])
     specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=12, draft=draft)
     assert seen
     assert all((tree.tokens != IMAGE_TOKEN).all() for tree in seen)
@@ -154,8 +90,8 @@ def test_image_tokens_are_never_proposed(specvlm, monkeypatch):
 def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
     draft = random_draft(specvlm, vocabulary=list(range(100, 180, 2)))
     seen = []
-    rerank = eagle_module.rerank
-    monkeypatch.setattr(eagle_module, "rerank", lambda *args: seen.append(rerank(*args)) or seen[-1])
+    select = Eagle2.select
+    monkeypatch.setattr(Eagle2, "select", lambda *args: seen.append(select(*args)) or seen[-1])
     prompt = prompt_for(specvlm.target.model)
     expected = specvlm.generate(**prompt, max_new_tokens=24, temperature=1.0).tokens
     assert specvlm.generate(**prompt, max_new_tokens=24, temperature=1.0, draft=draft).tokens == expected
@@ -170,6 +106,9 @@ def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4, got 3"),
         ({"num_attention_heads": 0}, "num_attention_heads: expected an integer >= 1, got 0"),
         ({"head_dim": 256}, "head_dim: expected an integer from 32 to 128, got 256"),
+        ({"head_dim": 33}, "head_dim: expected an even number, got 33"),
+        ({"rope_theta": float("nan")}, "rope_theta: expected a finite number > 0, got nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps: expected a finite number > 0, got -1e-06"),
         ({"draft_vocab_size": 321}, "draft_vocab_size: expected an integer from 1 to 320, got 321"),
         ({"draft_vocab_size": 8}, r"eagle vocabulary: expected no image or video ids, got \[4\]"),
     ],
@@ -177,6 +116,34 @@ def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
 def test_heads_that_do_not_fit_the_target(specvlm, changes, message):
     with pytest.raises(ValueError, match=message):
         random_draft(specvlm, **changes)
+
+
+def test_a_tree_wider_than_what_the_head_can_propose(specvlm):
+    with pytest.raises(ValueError, match="width: expected at most the 3 tokens that the head can propose, got 4"):
+        random_draft(specvlm, Plan(nodes=8, depth=2, width=4), vocabulary=[7, 8, 9])
+    with pytest.raises(ValueError, match="width: expected an integer from 1 to 64, got 65"):
+        Plan(nodes=8, depth=2, width=65)
+
+
+def test_in_half_precision_the_rotary_frequencies_stay_exact():
+    half = SpecVLM(tiny_llava().to(torch.bfloat16))
+    draft = random_draft(half)
+    exact = EagleHead(draft.head.config).rotary.inv_freq
+    assert torch.equal(draft.head.rotary.inv_freq, exact)
+    assert {parameter.dtype for parameter in draft.head.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"eagle: expected a target on .*bfloat16.*, got one on .*float32"):
+        draft.bind(SpecVLM(tiny_llava()).target)
+
+
+def test_one_head_serves_two_targets_in_turn(specvlm):
+    other = SpecVLM(tiny_llava(seed=4, num_key_value_heads=2))
+    draft = random_draft(specvlm)
+    first, second = SpecVLM(specvlm.target.model, draft=draft), SpecVLM(other.target.model, draft=draft)
+    for each in (first, second, first):
+        prompt = prompt_for(each.target.model)
+        alone = each.generate(**prompt, max_new_tokens=12, draft=random_draft(each)).stats
+        assert each.generate(**prompt, max_new_tokens=12).stats.accepted_histogram == alone.accepted_histogram
+        assert draft.target is each.target
 
 
 def test_vocabularies_out_of_order(specvlm):
@@ -198,9 +165,10 @@ def test_a_saved_head_comes_back(specvlm, folder):
     assert loaded.tokens == plain.tokens
     assert loaded.stats.accepted_histogram == plain.stats.accepted_histogram
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert [path.name for path in folder.parent.iterdir()] == ["head"], "saving left something behind"
+    (folder / "notes.txt").write_text("mine")
     EagleDraft.from_pretrained(folder).save_pretrained(folder)
     assert EagleDraft.from_pretrained(folder).head.config == random_draft(specvlm).head.config
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
 
 
 def test_every_bad_tensor_is_listed(folder):

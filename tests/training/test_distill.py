@@ -1,4 +1,4 @@
-"""Training a head: it learns one batch by heart, and a killed run resumes to the same weights."""
+"""Training a draft: it learns one batch by heart, and a killed run resumes to the same weights."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
+from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, VLMDraft
+from specvlm.policies import Eagle2
 from specvlm.training import Batch, DistillConfig, distill
 from specvlm.tree import Plan
-from tests.fakes import prompt_for, tiny_llava
+from tests.fakes import prompt_for, tiny_llava, tiny_lm
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def specvlm() -> SpecVLM:
 
 def fresh_draft(specvlm: SpecVLM, plan: Plan | None = None) -> EagleDraft:
     torch.manual_seed(0)
-    draft = EagleDraft(EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=160)), plan)
+    draft = EagleDraft(EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=160)), Eagle2(plan))
     draft.bind(specvlm.target)
     return draft
 
@@ -38,8 +39,50 @@ def test_a_head_that_knows_its_batch_accepts_every_level(specvlm):
     config = DistillConfig(steps=400, learning_rate=3e-3, feature_noise=0.05)
     first, *_, last = distill(specvlm.target, draft, lambda step: batch, config)
     assert last.loss < first.loss
-    answer = specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=31, draft=draft)
+    prompt = prompt_for(specvlm.target.model)
+    answer = specvlm.generate(**prompt, max_new_tokens=31, draft=draft)
     assert answer.stats.tau == depth + 1
+    assert answer.tokens == specvlm.generate(**prompt, max_new_tokens=31).tokens
+    sampled = prompt | {"max_new_tokens": 64, "temperature": 0.3, "seed": 3}
+    drafted = specvlm.generate(**sampled, draft=draft)
+    assert drafted.tokens == specvlm.generate(**sampled).tokens
+    assert drafted.stats.from_draft
+
+
+def test_padding_and_company_change_nothing(specvlm):
+    short, long = batch_of(specvlm, 6), batch_of(specvlm, 20)
+    pad = long.answers.shape[1] - short.answers.shape[1]
+    padded = {"input_ids": torch.nn.functional.pad(short.inputs["input_ids"], (0, pad))}
+    answers = torch.nn.functional.pad(short.answers, (0, pad))
+    pixels = {"pixel_values": short.inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    both = Batch(
+        {"input_ids": torch.cat([padded["input_ids"], long.inputs["input_ids"]])} | pixels,
+        torch.cat([answers, long.answers]),
+    )
+    config = DistillConfig(steps=1)
+    alone = [
+        next(distill(specvlm.target, fresh_draft(specvlm), lambda step, one=one: one, config)) for one in (short, long)
+    ]
+    together = next(distill(specvlm.target, fresh_draft(specvlm), lambda step: both, config))
+    rows = [int(one.answers.sum()) - 1 for one in (short, long)]
+    mean = sum(n * one.cross_entropy for n, one in zip(rows, alone, strict=True)) / sum(rows)
+    assert together.cross_entropy == pytest.approx(mean, rel=1e-4)
+
+
+def test_tau_is_measured_when_a_checkpoint_is_due(specvlm):
+    batch, taus = batch_of(specvlm, 8), iter((1.5, 2.5))
+    run = distill(
+        specvlm.target,
+        fresh_draft(specvlm),
+        lambda step: batch,
+        DistillConfig(steps=5, checkpoint_every=3),
+        measure_tau=lambda: next(taus),
+    )
+    seen = list(run)
+    assert [at.tau for at in seen] == [None, None, 1.5, 1.5, 2.5]
+    assert [at.step for at in seen] == [1, 2, 3, 4, 5]
+    assert seen[0].seconds_left > 0
+    assert seen[-1].seconds_left == 0
 
 
 def test_the_target_stays_frozen(specvlm):
@@ -81,8 +124,75 @@ def test_a_checkpoint_of_another_run_is_refused(specvlm, tmp_path: Path):
     other = distill(
         specvlm.target, fresh_draft(specvlm), lambda step: batch, DistillConfig(steps=2), checkpoint=checkpoint
     )
-    with pytest.raises(ValueError, match="checkpoint: expected the run's own configuration"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected this run's own .* got another config"):
         next(other)
+    elsewhere = SpecVLM(tiny_llava(seed=1))
+    moved = distill(
+        elsewhere.target, fresh_draft(elsewhere), lambda step: batch, DistillConfig(steps=1), checkpoint=checkpoint
+    )
+    with pytest.raises(ValueError, match=r"checkpoint: expected this run's own .* got another target"):
+        next(moved)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    broken = distill(
+        specvlm.target, fresh_draft(specvlm), lambda step: batch, DistillConfig(steps=1), checkpoint=checkpoint
+    )
+    with pytest.raises(ValueError, match="checkpoint: expected a whole one"):
+        next(broken)
+
+
+def small_draft(specvlm: SpecVLM, kind: str, plan: Plan | None = None) -> VLMDraft:
+    sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = tiny_llava(seed=6, **sizes) if kind == "llava" else tiny_lm(kind, seed=6, **sizes)
+    if kind == "llava":
+        model.model.vision_tower.load_state_dict(specvlm.target.model.model.vision_tower.state_dict())
+    draft = VLMDraft(model, Eagle2(plan))
+    draft.bind(specvlm.target)
+    return draft
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2"])
+def test_a_small_model_that_knows_its_batch_accepts_nearly_every_level(specvlm, kind):
+    batch, depth = batch_of(specvlm, 40), 4
+    draft = small_draft(specvlm, kind, Plan(nodes=depth + 1, depth=depth, width=1))
+    config = DistillConfig(steps=150, learning_rate=3e-3, cross_entropy_weight=1.0)
+    first, *_, last = distill(specvlm.target, draft, lambda step: batch, config)
+    assert last.loss == last.cross_entropy < first.cross_entropy
+    assert last.feature == 0
+    assert last.agreement > 0.95  # the target's best two are nearly equal somewhere
+    assert draft.shares_tower is (kind == "llava")
+    answer = specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=31, draft=draft)
+    assert answer.stats.tau > depth
+
+
+def test_a_small_models_tower_stays_as_it_is_and_its_run_resumes(specvlm, tmp_path: Path):
+    batches = [batch_of(specvlm, n) for n in (8, 9, 10)]
+    config = DistillConfig(steps=6, checkpoint_every=2)
+
+    def run(checkpoint: Path | None, steps: int = 6) -> VLMDraft:
+        draft = small_draft(specvlm, "llava")
+        going = distill(specvlm.target, draft, lambda step: batches[step % 3], config, checkpoint=checkpoint)
+        for _ in range(steps):
+            next(going)
+        going.close()
+        return draft
+
+    whole = run(None)
+    run(tmp_path / "run.pt", steps=3)
+    resumed = run(tmp_path / "run.pt", steps=4)
+    weights, again = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    tower = specvlm.target.model.model.vision_tower.state_dict()
+    assert all(torch.equal(weight, weights[f"model.vision_tower.{name}"]) for name, weight in tower.items())
+    assert all(parameter.requires_grad for parameter in whole.model.parameters())
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert not any("vision_tower" in name for name in saved["weights"])
+
+
+def test_noise_for_a_draft_that_reads_no_features(specvlm):
+    config = DistillConfig(steps=1, feature_noise=0.1)
+    run = distill(specvlm.target, small_draft(specvlm, "llama"), lambda step: batch_of(specvlm, 8), config)
+    with pytest.raises(ValueError, match=r"feature_noise: expected 0, for a small model reads no features, got 0.1"):
+        next(run)
 
 
 @pytest.mark.parametrize(

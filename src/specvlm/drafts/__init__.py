@@ -1,38 +1,57 @@
 """Drafts: whatever proposes tokens. `load_draft` finds one by name or in a folder."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from specvlm.demo import HEAD_DIR, SMALL_DIR
 from specvlm.drafts.base import Draft, DraftSession, NoDraft
 from specvlm.drafts.eagle import EagleConfig, EagleDraft, EagleHead
+from specvlm.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Head
 from specvlm.drafts.ngram import NGramDraft, NGramSession
+from specvlm.drafts.vlm import MODEL_TYPES, VLMDraft
 
-#: Drafts without weights, by name.
-BY_NAME: dict[str, Callable[[], Draft]] = {"ngram": NGramDraft}
+#: Drafts by name: one without weights, and the head and the small model of the one that ships.
+BY_NAME: dict[str, Callable[[], Draft]] = {
+    "ngram": NGramDraft,
+    "demo": lambda: EagleDraft.from_pretrained(HEAD_DIR),
+    "demo-vlm": lambda: VLMDraft.from_pretrained(SMALL_DIR),
+}
 #: Readers of a draft's folder, by its config's "draft_type".
-BY_TYPE: dict[str, Callable[[Path], Draft]] = {"eagle": EagleDraft.from_pretrained}
+BY_TYPE: dict[str, Callable[[Path], Draft]] = {
+    "eagle": EagleDraft.from_pretrained,
+    "eagle3": Eagle3Draft.from_pretrained,
+}
 
 __all__ = [
     "BY_NAME",
     "BY_TYPE",
     "Draft",
     "DraftSession",
+    "Eagle3Config",
+    "Eagle3Draft",
+    "Eagle3Head",
     "EagleConfig",
     "EagleDraft",
     "EagleHead",
     "NGramDraft",
     "NGramSession",
     "NoDraft",
+    "VLMDraft",
     "load_draft",
 ]
 
 
 def load_draft(draft: str | Path) -> Draft:
-    """A draft by the name of one without weights, from a folder, or from a hub id, in that order.
+    """A draft by name, from a folder, or from a hub id, in that order.
+
+    Names are "ngram", "demo" and "demo-vlm", the shipped model's EAGLE head and its small model.
+
+    A folder holds a draft of ours, which its config.json's "draft_type" names, or a small model of transformers'.
 
     Raises:
-        ValueError: nothing of that name is there, or its config.json names no draft that we know.
+        ValueError: nothing of that name is there, or its config.json names neither a draft that we know nor a model
+            that can be one.
     """
     if str(draft) in BY_NAME:
         return BY_NAME[str(draft)]()
@@ -41,9 +60,14 @@ def load_draft(draft: str | Path) -> Draft:
         folder = _from_hub(str(draft))
     config = folder / "config.json"
     try:
-        kind = json.loads(config.read_text()).get("draft_type")
+        settings = json.loads(config.read_text())
+        kind, model_type = settings.get("draft_type"), settings.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"draft: expected {config} to be a JSON object with a draft_type, got {error}") from error
+    if kind is None and model_type in MODEL_TYPES:
+        return VLMDraft.from_pretrained(folder)
+    if kind is None and model_type is not None:
+        raise ValueError(f"model_type: expected {_one_of(MODEL_TYPES)} of a draft, got {model_type!r} in {config}")
     if kind not in BY_TYPE:
         raise ValueError(f"draft_type: expected {_one_of(BY_TYPE)}, got {kind!r} in {config}")
     return BY_TYPE[kind](folder)
@@ -54,7 +78,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -62,5 +86,5 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _one_of(names: dict[str, Callable]) -> str:
+def _one_of(names: Iterable[str]) -> str:
     return " or ".join(repr(name) for name in names) or "nothing"

@@ -1,9 +1,7 @@
-"""A draft's folder on disk: config.json and model.safetensors, written whole or not at all, read strictly."""
+"""A draft's folder on disk: config.json and model.safetensors, each written whole or not at all, read strictly."""
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,22 +15,14 @@ Config = TypeVar("Config")
 
 
 def write_folder(folder: Path, *, draft_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a draft to `folder`, replacing what is there only when all of it is on disk."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        save_file(dict(tensors), fresh / "model.safetensors", metadata={"format": "pt"})
-        (fresh / "config.json").write_text(json.dumps({"draft_type": draft_type, **config}, indent=2) + "\n")
-        fresh.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            os.replace(folder, old)
-            os.replace(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    """Writes a draft's two files to `folder`, in the place of older ones only when both are on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = {name: folder / f"{name}.part" for name in ("model.safetensors", "config.json")}
+    save_file(dict(tensors), fresh["model.safetensors"], metadata={"format": "pt"})
+    fresh["config.json"].write_text(json.dumps({"draft_type": draft_type, **config}, indent=2) + "\n")
+    for name, path in fresh.items():
+        path.chmod(0o644)
+        os.replace(path, folder / name)
 
 
 def read_folder(folder: Path, *, draft_type: str, config_class: type[Config]) -> tuple[Config, dict[str, Tensor]]:

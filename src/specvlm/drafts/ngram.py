@@ -5,7 +5,7 @@ Prompt lookup decoding, with several continuations as branches of one tree.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specvlm.checks import check_int
 from specvlm.state import DecodeState
@@ -13,7 +13,7 @@ from specvlm.targets.base import Prompt, Target
 from specvlm.tree import BUCKETS, DraftTree, root_only, tree_from_lists
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NGramDraft:
     """Proposes continuations of the longest suffix seen before, the latest first.
 
@@ -21,12 +21,14 @@ class NGramDraft:
         longest, shortest: lengths of the suffixes looked for, in tokens.
         depth: the most tokens of one continuation.
         nodes: the most nodes of the tree, root included.
+        media_ids: what it never proposes; `bind` sets them.
     """
 
     longest: int = 4
     shortest: int = 1
-    depth: int = 7
+    depth: int = 5
     nodes: int = 8
+    media_ids: frozenset[int] = field(init=False, default=frozenset())
 
     #: Reads no features.
     taps = None
@@ -38,42 +40,41 @@ class NGramDraft:
         check_int("nodes", self.nodes, low=2, high=BUCKETS[-1])
 
     def bind(self, target: Target) -> None:
-        """Fits every target."""
+        """Fits every target, whose image and video ids it never proposes."""
+        self.media_ids = target.spec.media_ids
 
     def start(self, prompt: Prompt, state: DecodeState) -> "NGramSession":
         """A session that knows the prompt's text; image tokens separate what stands before and after them."""
-        return NGramSession(self, prompt.input_ids[0].tolist(), prompt.image_mask[0].tolist())
+        return NGramSession(self, prompt.input_ids[0].tolist())
 
 
 class NGramSession:
     """The tokens so far, and where each of their n-grams ended."""
 
-    def __init__(self, draft: NGramDraft, prompt_ids: Sequence[int], is_media: Sequence[bool]) -> None:
-        self._draft = draft
+    def __init__(self, draft: NGramDraft, prompt_ids: Sequence[int]) -> None:
+        self._draft, self._media_ids = draft, draft.media_ids
         self._tokens: list[int] = []
-        self._is_media: list[bool] = []
         self._ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
         self._text_from = 0  # where the run of text that the last token belongs to begins
-        for token, media in zip(prompt_ids, is_media, strict=True):
-            self._append(token, media)
+        for token in prompt_ids:
+            self._append(token)
         self._answered = 0
 
     def propose(self, state: DecodeState) -> DraftTree:
         """A tree of the continuations found, or the root alone."""
         answer = state.tokens[0]
         for token in answer[self._answered :]:
-            self._append(token, media=False)
+            self._append(token)
         self._answered = len(answer)
         tokens, parents = self._grow()
         if len(tokens) == 1:
             return root_only(state.root)
         return tree_from_lists(tokens, parents, device=state.kv_len.device)
 
-    def _append(self, token: int, media: bool) -> None:
+    def _append(self, token: int) -> None:
         self._tokens.append(token)
-        self._is_media.append(media)
         end = len(self._tokens)
-        if media:
+        if token in self._media_ids:
             self._text_from = end
         for n in range(self._draft.shortest, self._draft.longest + 1):
             if n <= end - self._text_from:
@@ -87,9 +88,9 @@ class NGramSession:
             for end in reversed(self._ends.get(tuple(self._tokens[-n:]), ())):
                 node = 0
                 for place in range(end, min(end + self._draft.depth, len(self._tokens))):
-                    if self._is_media[place]:
-                        break
                     token = self._tokens[place]
+                    if token in self._media_ids:
+                        break
                     child = children.get((node, token))
                     if child is None:
                         if len(tokens) == self._draft.nodes:

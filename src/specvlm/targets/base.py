@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specvlm.state import DecodeState, Limits, Sampling, Scores
 from specvlm.tree import DraftTree
@@ -21,9 +22,11 @@ class TargetSpec:
         num_layers, num_heads, num_kv_heads, head_dim: the language model's attention.
         context: the most positions, prompt and answer together.
         eos_ids: ids that end an answer.
+        pad_id: what fills a prompt up that came without a mask; None: nothing does.
         media_ids: image and video placeholder ids, which no draft may propose.
         max_new_tokens: what the model's generation config says; None: nothing.
         max_length: likewise, prompt included.
+        dtype, device: of weights, features and KV.
         tokenizer: None when the model came without its processor.
     """
 
@@ -35,6 +38,7 @@ class TargetSpec:
     head_dim: int
     context: int
     eos_ids: frozenset[int]
+    pad_id: int | None
     media_ids: frozenset[int]
     max_new_tokens: int | None
     max_length: int | None
@@ -67,9 +71,14 @@ class Prompt:
 
 
 class Target(Protocol):
-    """The frozen model whose answer is wanted."""
+    """The frozen model whose answer is wanted.
+
+    Attributes:
+        model: as transformers has it; a draft that sees pictures compares its vision tower with this one's.
+    """
 
     spec: TargetSpec
+    model: PreTrainedModel
     input_names: frozenset[str]
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from specvlm.state import DecodeState, Limits, Sampling, Scores, SlabPool, Step, capacity
 from specvlm.targets.base import Prompt, TargetSpec
-from specvlm.targets.hf_attention import AttentionStep, our_attention, refuse_unsupported, slab_cache
+from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
 from specvlm.tree import DraftTree
 from specvlm_kernels import pack_ancestors
 
@@ -25,7 +27,7 @@ class HFTarget:
     """A LLaVA-1.5 or LLaVA-NeXT from transformers, with any Llama-, Mistral- or Qwen2-like language model.
 
     Args:
-        model: in memory, on its device, in its dtype.
+        model: in memory, on its device, in its dtype; it is switched to evaluation.
         tokenizer: for stop strings; None: there is none.
 
     Raises:
@@ -36,9 +38,12 @@ class HFTarget:
         if not isinstance(model, FAMILIES):
             names = " or ".join(family.__name__ for family in FAMILIES)
             raise ValueError(f"target: expected a {names}, got {type(model).__name__}")
+        refuse_unsupported(model.config.text_config)
         self.model = model.eval()
-        self.spec = spec = _spec(model, tokenizer)
-        refuse_unsupported(model.config.text_config, spec.head_dim)
+        embedding = model.get_input_embeddings().weight
+        self.spec = spec = spec_of(
+            model.config, model.generation_config, tokenizer, dtype=embedding.dtype, device=embedding.device
+        )
         self.input_names = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes"})
         self._language = model.model.language_model
         self._pool = SlabPool(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
@@ -59,7 +64,14 @@ class HFTarget:
     def prefill(
         self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None
     ) -> tuple[DecodeState, Prompt]:
-        """Checks the inputs, runs the prompt through the model, draws the first token."""
+        """Checks the inputs, runs the prompt through the model, draws the first token.
+
+        The state borrows a slab [L, 2, 1, Hkv, S, D], whose first T slots hold the prompt's KV; `close()` it.
+
+        Raises:
+            ValueError: what is wrong with the inputs: before any work, but for a number of image tokens that is not
+                the pictures', which shows when the vision tower has run.
+        """
         input_ids = self._checked_ids(inputs, limits.max_new_tokens)
         batch, length = input_ids.shape
         slab = self._pool.borrow(batch, capacity(length + limits.max_new_tokens))
@@ -77,44 +89,38 @@ class HFTarget:
         return state, Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs)
 
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
-        """One forward of the tree; KV of node i goes to slot kv_len + i."""
+        """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
+        kv_len + i of the state's slab."""
         positions = (state.kv_len[:, None] + tree.depths).clamp(max=self.spec.context - 1)
         step = AttentionStep(state.kv_len, pack_ancestors(tree.parents))
         hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
         return Scores(self.head(hidden), features)
 
     @torch.no_grad()
-    def teach(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Embeddings and features [B, T, H] of whole sequences, padded at their ends, for a draft to learn from.
+    def teach(self, inputs: Mapping[str, Any]) -> Prompt:
+        """Whole sequences, padded at their ends, with post-final-norm features, for a draft to learn from.
 
         Args:
             inputs: input_ids [B, T], and pixel_values (and image_sizes) of all the batch's pictures.
         """
         input_ids = inputs["input_ids"].to(self.spec.device)
-        embeds, _, _ = self._merge(input_ids, inputs)
+        embeds, image_mask, vision = self._merge(input_ids, inputs)
         step = AttentionStep(torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device), None)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return embeds, self._forward(embeds, positions, None, step, None)[0]
+        positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device).expand_as(input_ids)
+        features = self._forward(embeds, positions, None, step, None)[0]
+        return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs)
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """Post-final-norm hidden states, and the features that `taps` ask for."""
-        with our_attention(self._language.config):
-            out = self._language(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                past_key_values=None if slab is None else slab_cache(slab, step),
-                use_cache=slab is not None,
-                output_hidden_states=taps is not None,
-                step=step,
-            )
+        out = run_language(self._language, embeds, positions, slab, step, output_hidden_states=taps is not None)
         hidden = out.last_hidden_state
         return hidden, hidden if taps is None else torch.cat([out.hidden_states[tap] for tap in taps], dim=-1)
 
     def _checked_ids(self, inputs: Mapping[str, Any], max_new_tokens: int) -> Tensor:
         """The prompt's ids [1, T] without padding, when everything about the inputs fits."""
-        input_ids = _single_prompt(inputs)
+        input_ids = _single_prompt(inputs, self.spec)
         spec = self.spec
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= spec.vocab_size:
@@ -142,10 +148,7 @@ class HFTarget:
         embeds = self.embed(input_ids)
         if inputs.get("pixel_values") is None:
             return embeds, torch.zeros_like(input_ids, dtype=torch.bool), None
-        given = (name for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None)
-        pictures = {name: inputs[name].to(self.spec.device) for name in given}
-        pictures["pixel_values"] = pictures["pixel_values"].to(self.spec.dtype)
-        vision = self.model.model.get_image_features(**pictures, return_dict=True)
+        vision = self.model.model.get_image_features(**picture_tensors(inputs, self.spec), return_dict=True)
         rows = torch.cat(tuple(vision.pooler_output)).to(embeds.dtype)
         image_mask = input_ids == self.model.config.image_token_id
         if int(image_mask.sum()) != len(rows):
@@ -167,8 +170,16 @@ class HFTarget:
             self._pool.give_back(slab)
 
 
-def _single_prompt(inputs: Mapping[str, Any]) -> Tensor:
-    """input_ids [1, T] with the padding that attention_mask marks taken out."""
+def picture_tensors(inputs: Mapping[str, Any], spec: TargetSpec) -> dict[str, Tensor]:
+    """What `get_image_features` takes of a processor's output with pictures, where and as the target computes."""
+    given = (name for name in ("pixel_values", "image_sizes") if inputs.get(name) is not None)
+    pictures = {name: inputs[name].to(spec.device) for name in given}
+    pictures["pixel_values"] = pictures["pixel_values"].to(spec.dtype)
+    return pictures
+
+
+def _single_prompt(inputs: Mapping[str, Any], spec: TargetSpec) -> Tensor:
+    """input_ids [1, T] with the padding taken out that attention_mask marks, or, without one, the pad id."""
     input_ids = inputs.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype != torch.int64:
         got = (
@@ -178,7 +189,11 @@ def _single_prompt(inputs: Mapping[str, Any]) -> Tensor:
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids: expected one prompt, got {input_ids.shape[0]}: call once a prompt")
     mask = inputs.get("attention_mask")
+    if mask is None and spec.pad_id is not None and spec.pad_id not in spec.eos_ids:
+        mask = input_ids != spec.pad_id  # as transformers infers it
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(mask.shape)}")
         input_ids = input_ids[mask.bool()][None]
@@ -202,24 +217,39 @@ def _check_pixels(pixels: Any, image_sizes: Any, config: Any) -> None:
         raise ValueError(f"image_sizes: expected a tensor [{len(pixels)}, 2] of heights and widths, got {came}")
 
 
-def _spec(model: PreTrainedModel, tokenizer: Any | None) -> TargetSpec:
-    text, generation = model.config.text_config, model.generation_config
+def spec_of(
+    config: PreTrainedConfig,
+    generation: GenerationConfig,
+    tokenizer: Any | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TargetSpec:
+    """What a model tells of itself, weights apart.
+
+    Raises:
+        ValueError: its generation config wants what decoding here does not do.
+    """
+    text = config.text_config
     eos = generation.eos_token_id
-    media = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
-    embedding = model.get_input_embeddings().weight
+    for name in ("min_length", "min_new_tokens"):
+        if getattr(generation, name, None):
+            raise ValueError(f"generation config: expected no {name}, got {getattr(generation, name)}")
+    media = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return TargetSpec(
         hidden_size=text.hidden_size,
-        vocab_size=model.lm_head.out_features,
+        vocab_size=text.vocab_size,
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=head_size(text),
         context=text.max_position_embeddings,
         eos_ids=frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+        pad_id=generation.pad_token_id,
         media_ids=frozenset(id_ for id_ in media if id_ is not None),
         max_new_tokens=generation.max_new_tokens,
         max_length=generation.max_length,
-        dtype=embedding.dtype,
-        device=embedding.device,
+        dtype=dtype,
+        device=device,
         tokenizer=tokenizer,
     )

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedConfig
+from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from specvlm_kernels import tree_attention, write_kv
+from specvlm_kernels.tree_attention import HEAD_DIMS
 
 ATTENTION = "specvlm"
-
-#: The head sizes that the attention kernel serves, from and to.
-HEAD_DIMS = (32, 128)
 
 #: What a modeling file may hand to its attention without changing the result that ours computes.
 _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_attentions"})
@@ -47,7 +45,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = None,  # no shorter than the context: `refuse_unsupported` has seen to that
     step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -59,8 +57,6 @@ def _attention(
         raise ValueError(f"{ATTENTION} attention: expected a forward by specvlm, got one without its step")
     if attention_mask is not None or dropout:
         raise ValueError(f"{ATTENTION} attention: expected no mask and no dropout, got a forward with them")
-    if sliding_window is not None and sliding_window < key.shape[2]:
-        raise ValueError(f"sliding_window: expected at least the slab's {key.shape[2]} slots, got {sliding_window}")
     if step.ancestors is not None:
         return tree_attention(query.transpose(1, 2), key, value, step.kv_len, step.ancestors, scale=scaling), None
     length = query.shape[2]
@@ -113,6 +109,11 @@ def slab_cache(slab: Tensor, step: AttentionStep) -> Cache:
     return Cache(layers=[_SlabLayer(k, v, first_slot) for k, v in zip(keys, values, strict=True)])
 
 
+def head_size(text: PreTrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 @contextlib.contextmanager
 def our_attention(config: PreTrainedConfig) -> Iterator[None]:
     """Switches a language model to our attention for one forward, so that it stays the user's own in between."""
@@ -124,12 +125,47 @@ def our_attention(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def refuse_unsupported(text: PreTrainedConfig, head_dim: int) -> None:
+def run_language(
+    language: PreTrainedModel,
+    embeds: Tensor,
+    positions: Tensor,
+    slab: Tensor | None,
+    step: AttentionStep,
+    *,
+    output_hidden_states: bool = False,
+) -> Any:
+    """One forward of a language model with our attention, as transformers returns it.
+
+    Args:
+        embeds: [B, T, H].
+        positions: [B, T] rotary positions.
+        slab: [L, 2, B, Hkv, S, D], to which the tokens' KV is written; None: nothing is kept.
+        step: where the tokens go in it, and what they see.
+    """
+    with our_attention(language.config):
+        return language(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            past_key_values=None if slab is None else slab_cache(slab, step),
+            use_cache=slab is not None,
+            output_hidden_states=output_hidden_states,
+            step=step,
+        )
+
+
+def refuse_unsupported(text: PreTrainedConfig) -> None:
     """Refuses a language model whose attention ours cannot compute.
 
     Raises:
         ValueError: naming the setting, what was expected and what came.
     """
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        if getattr(text, name, None) is None:
+            raise ValueError(
+                f"language model: expected a Llama-, Mistral- or Qwen2-like one, got {text.model_type}, "
+                f"whose config has no {name}"
+            )
+    head_dim = head_size(text)
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
         raise ValueError(f"head_dim: expected {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {head_dim} in {text.model_type}")
     for name in ("attn_logit_softcapping", "attention_sink", "attention_chunk_size"):

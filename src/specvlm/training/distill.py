@@ -1,7 +1,7 @@
 """Online-logit distillation: the frozen target runs on the fly, nothing of its is stored.
 
 Source: SpecVLM (2025), section 3.3: 0.1 cross-entropy with the target's distribution plus 1.0 Smooth L1 with its
-features, on the answer's tokens.
+features, on the answer's tokens. A draft with features of its own, a small model, learns the distribution alone.
 """
 
 import contextlib
@@ -11,28 +11,31 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specvlm.checks import check_int, check_number
 from specvlm.drafts.eagle import EagleDraft
+from specvlm.drafts.vlm import VLMDraft
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep
-from specvlm.training.losses import Losses, distillation_losses
+from specvlm.training.losses import Losses, distillation_losses, logit_losses
 
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig:
-    """How a head is trained.
+    """How a draft is trained.
 
     Attributes:
         steps: optimiser steps.
         learning_rate: of AdamW, after `warm_up` steps; it falls to a tenth along a cosine.
         betas, weight_decay: AdamW's.
         cross_entropy_weight, feature_weight: the loss's.
-        feature_noise: half the width of the uniform noise added to the features the head reads, so that it learns
-            to read its own.
+        feature_noise: half the width of the uniform noise added to the features a head reads, so that it learns
+            to read its own; a small model reads none.
         clip: the largest norm of a gradient.
         checkpoint_every: steps between checkpoints.
         seed: of the noise; with the data's own seed it fixes the result.
@@ -103,14 +106,14 @@ class Progress:
 
 def distill(
     target: HFTarget,
-    draft: EagleDraft,
+    draft: EagleDraft | VLMDraft,
     batch_of: Callable[[int], Batch],
     config: DistillConfig,
     *,
     checkpoint: Path | None = None,
     measure_tau: Callable[[], float] | None = None,
 ) -> Iterator[Progress]:
-    """Trains the draft's head in place, a step an item.
+    """Trains an EAGLE head, or a small model but for its vision tower, in place, a step an item.
 
     Args:
         target: frozen; `draft` is bound to it.
@@ -120,43 +123,53 @@ def distill(
         measure_tau: decodes with the draft as it is; called whenever a checkpoint is due.
 
     Raises:
-        ValueError: the checkpoint is of another configuration.
+        ValueError: the checkpoint is broken or another run's: of another configuration, draft or target; the head has a
+            reduced vocabulary, for which there is no loss yet; or features that a small model does not read are to have
+            noise.
     """
-    with _frozen(target.model):
+    if isinstance(draft, EagleDraft) and draft.head.config.draft_vocab_size is not None:
+        raise ValueError(f"draft_vocab_size: expected none in training, got {draft.head.config.draft_vocab_size}")
+    if isinstance(draft, VLMDraft) and config.feature_noise:
+        raise ValueError(f"feature_noise: expected 0, for a small model reads no features, got {config.feature_noise}")
+    with _frozen(target.model), _frozen(_tower(draft)):
         yield from _train(target, draft, batch_of, config, checkpoint, measure_tau)
 
 
 def _train(
     target: HFTarget,
-    draft: EagleDraft,
+    draft: EagleDraft | VLMDraft,
     batch_of: Callable[[int], Batch],
     config: DistillConfig,
     checkpoint: Path | None,
     measure_tau: Callable[[], float] | None,
 ) -> Iterator[Progress]:
-    head = draft.head.train()
+    student = _student(draft).train()
+    learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        head.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        learning, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     first = _resume(checkpoint, draft, optimizer, config)
     started, tau = time.perf_counter(), None
     for step in range(first, config.steps):
-        losses = _losses(target, draft, batch_of(step), _noise(config, step))
+        if isinstance(draft, EagleDraft):
+            losses = _head_losses(target, draft, batch_of(step), _noise(config, step))
+        else:
+            losses = _model_losses(target, draft, batch_of(step))
         loss = config.cross_entropy_weight * losses.cross_entropy + config.feature_weight * losses.feature
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(learning, config.clip)
         optimizer.step()
         done = step + 1
         if done % config.checkpoint_every == 0 or done == config.steps:
             if checkpoint is not None:
                 _save(checkpoint, draft, optimizer, config, done)
             if measure_tau is not None:
-                head.eval()
+                student.eval()
                 tau = measure_tau()
-                head.train()
+                student.train()
         pace = (time.perf_counter() - started) / (done - first)
         yield Progress(
             step=done,
@@ -168,12 +181,23 @@ def _train(
             tau=tau,
             seconds_left=pace * (config.steps - done),
         )
-    head.eval()
+    student.eval()
+
+
+def _student(draft: EagleDraft | VLMDraft) -> nn.Module:
+    return draft.head if isinstance(draft, EagleDraft) else draft.model
+
+
+def _tower(draft: EagleDraft | VLMDraft) -> nn.Module:
+    """What of a draft does not learn."""
+    if isinstance(draft, VLMDraft) and draft.sees:
+        return draft.model.model.vision_tower
+    return nn.Module()
 
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient for the model's weights meanwhile: its output head stands in the draft's graph."""
+    """No gradient for the model's weights meanwhile, though they stand in the draft's graph."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -184,9 +208,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _losses(target: HFTarget, draft: EagleDraft, batch: Batch, noise: Callable[[Tensor], Tensor]) -> Losses:
+def _head_losses(target: HFTarget, draft: EagleDraft, batch: Batch, noise: Callable[[Tensor], Tensor]) -> Losses:
     """Row i pairs feature i with token i + 1; it is to say what the target says of token i + 2."""
-    embeds, features = target.teach(batch.inputs)
+    taught = target.teach(batch.inputs)
+    embeds, features = taught.embeds, taught.features
     batch_size, length = batch.inputs["input_ids"].shape
     positions = torch.arange(length - 2, device=features.device).expand(batch_size, -1)
     step = AttentionStep(torch.zeros(batch_size, dtype=torch.int32, device=features.device), None)
@@ -196,6 +221,20 @@ def _losses(target: HFTarget, draft: EagleDraft, batch: Batch, noise: Callable[[
     answers = batch.answers.to(features.device)
     counts = answers[:, 1:-1] & answers[:, 2:]  # the pair's token is in the answer, and so is the one it is to guess
     return distillation_losses(draft.logits(hidden), hidden, teacher_logits, features[:, 1:-1], counts)
+
+
+def _model_losses(target: HFTarget, draft: VLMDraft, batch: Batch) -> Losses:
+    """Row i, which reads token i, is to say what the target says of token i + 1."""
+    taught = target.teach(batch.inputs)
+    embeds, left_out = draft.read(taught)
+    positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+    hidden = draft.forward(embeds, positions, None, AttentionStep(torch.zeros_like(left_out), None))
+    answers = batch.answers.to(embeds.device)
+    # As in decoding, the answer's first token is given.
+    row, place = (answers[:, :-1] & answers[:, 1:]).nonzero(as_tuple=True)
+    with torch.no_grad():
+        teacher_logits = target.head(taught.features[row, place])
+    return logit_losses(draft.logits(hidden[row, place - left_out[row]]), teacher_logits)
 
 
 def _noise(config: DistillConfig, step: int) -> Callable[[Tensor], Tensor]:
@@ -219,26 +258,54 @@ def _schedule(step: int, config: DistillConfig) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * way))
 
 
-def _save(path: Path, draft: EagleDraft, optimizer: torch.optim.Optimizer, config: DistillConfig, step: int) -> None:
+def _identity(draft: EagleDraft | VLMDraft, config: DistillConfig) -> dict[str, Any]:
+    """What makes a run this one: its settings, the draft's sizes, and the target, told by sums over its output head."""
+    rows = torch.arange(min(64, draft.target.spec.vocab_size), device=draft.target.spec.device)
+    told = draft.target.head_rows(rows).detach().double()
+    return {
+        "config": asdict(config),
+        "draft": draft.sizes,
+        "target": [float(told.sum()), float(told.norm())],
+    }
+
+
+def _save(
+    path: Path, draft: EagleDraft | VLMDraft, optimizer: torch.optim.Optimizer, config: DistillConfig, step: int
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")
     state = {
-        "config": asdict(config),
+        "run": _identity(draft, config),
         "step": step,
-        "head": draft.head.state_dict(),
+        "weights": _learned(draft),
         "optimizer": optimizer.state_dict(),
     }
     torch.save(state, fresh)
     os.replace(fresh, path)
 
 
-def _resume(path: Path | None, draft: EagleDraft, optimizer: torch.optim.Optimizer, config: DistillConfig) -> int:
+def _resume(
+    path: Path | None, draft: EagleDraft | VLMDraft, optimizer: torch.optim.Optimizer, config: DistillConfig
+) -> int:
     """The step to go on from."""
     if path is None or not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    if state["config"] != asdict(config):
-        raise ValueError(f"checkpoint: expected the run's own configuration in {path}, got {state['config']}")
-    draft.head.load_state_dict(state["head"])
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        run = state["run"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+        raise ValueError(f"checkpoint: expected a whole one in {path}, got {error}") from error
+    mine = _identity(draft, config)
+    if differs := [name for name in mine if run.get(name) != mine[name]]:
+        got = ", ".join(f"another {name} ({run.get(name)})" for name in differs)
+        raise ValueError(f"checkpoint: expected this run's own in {path}, got {got}")
+    with torch.no_grad():
+        for name, weight in _learned(draft).items():
+            weight.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
+
+
+def _learned(draft: EagleDraft | VLMDraft) -> dict[str, Tensor]:
+    """What training changes, by name."""
+    return {name: weight for name, weight in _student(draft).named_parameters() if weight.requires_grad}

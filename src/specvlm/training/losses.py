@@ -1,6 +1,6 @@
 """What a draft head learns from: the target's distribution and its features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,17 +34,27 @@ def distillation_losses(
         features, teacher_features: [..., H].
         mask: [...] bool; rows outside do not count. Without any row the losses are 0.
     """
-    logits, teacher_logits = logits[mask], teacher_logits[mask].detach()
     features, teacher_features = features[mask], teacher_features[mask].detach()
-    rows = max(len(logits), 1)
-    log_q = torch.log_softmax(_at_least_float(logits), dim=-1)
-    p = torch.softmax(_at_least_float(teacher_logits), dim=-1)
     distance = torch.nn.functional.smooth_l1_loss(
         _at_least_float(features), _at_least_float(teacher_features), reduction="sum"
     )
+    of_logits = logit_losses(logits[mask], teacher_logits[mask])
+    return replace(of_logits, feature=distance / (max(len(features), 1) * features.shape[-1]))
+
+
+def logit_losses(logits: Tensor, teacher_logits: Tensor) -> Losses:
+    """The cross-entropy alone, for a draft with features of its own; the feature loss is 0.
+
+    Args:
+        logits, teacher_logits: [R, V]; without any row the losses are 0.
+    """
+    teacher_logits = teacher_logits.detach()
+    rows = max(len(logits), 1)
+    log_q = torch.log_softmax(_at_least_float(logits), dim=-1)
+    p = torch.softmax(_at_least_float(teacher_logits), dim=-1)
     return Losses(
         cross_entropy=-(p * log_q).sum() / rows,
-        feature=distance / (rows * features.shape[-1]),
+        feature=log_q.new_zeros(()),
         agreement=(logits.argmax(-1) == teacher_logits.argmax(-1)).sum() / rows,
     )
 

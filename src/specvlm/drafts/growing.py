@@ -1,0 +1,117 @@
+"""What every draft that grows a tree level by level shares: the levels, the policy, the noise, the unread steps."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specvlm.policies import History, TreePolicy
+from specvlm.state import DecodeState, SlabPool, Step
+from specvlm.tree import Beam, DraftTree, Growth, Plan, root_only
+from specvlm_kernels import draft_topk
+
+
+class Grower(Protocol):
+    """A draft's forwards, as growth asks for them. Outputs [B, R, H] stay what the draft makes of them."""
+
+    def append(self, step: Step, first: Tensor) -> Tensor:
+        """Reads tokens that the target emitted, at positions from `first` [B] on; the output [B, 1, H] at the last."""
+        ...
+
+    def expand(self, beam: Beam, above: Tensor, depth: int, plan: Plan, state: DecodeState) -> Tensor:
+        """Outputs [B, k, H] for the beam's nodes, whose parents at `depth` gave `above` [B, R, H]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, R, V] of outputs."""
+        ...
+
+
+class TreeGrower:
+    """Grows an answer's trees by a policy, below what the draft has read; a session has one.
+
+    Args:
+        policy: the trees' shape.
+        exclude: [E] int64 ids that are never proposed.
+        shared_noise: choose children under the target's own sampling noise; False is the usual tree, whose nodes are
+            the likeliest tokens whatever the target is about to draw.
+    """
+
+    def __init__(self, policy: TreePolicy, exclude: Tensor, shared_noise: bool = True) -> None:
+        self._policy, self._exclude, self._shared_noise = policy, exclude, shared_noise
+        self._history = History(exclude.device)
+        self._unread: list[Step] = []
+
+    def grow(self, draft: Grower, state: DecodeState) -> DraftTree:
+        """The next round's tree. A round without one costs the draft nothing: it reads what it missed later."""
+        self._history.observe(state)
+        self._unread.append(state.step)
+        plan = self._policy.plan(self._history)
+        if plan.nodes == 1:
+            self._history.skip()
+            return root_only(state.root)
+        hidden = self._read(draft, state)
+        growth = Growth(state.root, plan)
+        for depth in range(plan.depth):
+            tokens, scores = self._children(draft.logits(hidden), depth, plan.width, state)
+            growth.expand(tokens, self._policy.admit(scores, growth.parent_scores, depth + 1, plan))
+            if depth + 1 < plan.depth:
+                beam = growth.beam()
+                hidden = draft.expand(beam, rows_of(hidden, beam.parent_rows), depth, plan, state)
+        candidates = growth.candidates()
+        tree = self._policy.select(candidates, plan)
+        if self._policy.looks_back:
+            self._history.record(tree, candidates)
+        return tree
+
+    def _read(self, draft: Grower, state: DecodeState) -> Tensor:
+        """Appends what was emitted since the draft last read; the output at the root."""
+        steps = merged(self._unread)
+        self._unread = []
+        first = state.kv_len + 1 - torch.stack([step.count for step in steps]).sum(dim=0).int()
+        for step in steps:
+            hidden = draft.append(step, first)
+            first = first + step.count
+        return hidden
+
+    def _children(self, logits: Tensor, depth: int, width: int, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """The best tokens [B, R, width] below nodes at `depth`, and their log-probabilities."""
+        positions = (state.kv_len + depth)[:, None].expand(logits.shape[:2])
+        return draft_topk(
+            logits,
+            width,
+            positions,
+            temperature=state.sampling.temperature if self._shared_noise else 0.0,
+            seed=state.sampling.seed,
+            exclude=self._exclude,
+        )
+
+
+def merged(steps: Sequence[Step]) -> list[Step]:
+    """The steps with every run of single tokens joined into one step of that many; a step with room for more than
+    one stands alone, since what follows its tokens is garbage."""
+    found: list[Step] = []
+    for single, run in groupby(steps, key=lambda step: step.tokens.shape[1] == 1):
+        if not single:
+            found += run
+            continue
+        tokens, features, counts = zip(*((step.tokens, step.features, step.count) for step in run), strict=True)
+        found.append(Step(torch.cat(tokens, dim=1), torch.cat(features, dim=1), torch.stack(counts).sum(dim=0).int()))
+    return found
+
+
+def draft_slab(state: DecodeState, layers: int, kv_heads: int, head_dim: int) -> Tensor:
+    """Room [layers, 2, B, kv_heads, S, head_dim] for a draft's KV of one answer, as long as the target's.
+
+    Raises:
+        ValueError: it would not fit the device's free memory.
+    """
+    slab = state.slab
+    return SlabPool(layers, kv_heads, head_dim, slab.dtype, slab.device).borrow(slab.shape[2], slab.shape[-2])
+
+
+def rows_of(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B, k] of hidden [B, R, H] -> [B, k, H]."""
+    return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

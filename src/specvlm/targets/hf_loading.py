@@ -1,0 +1,62 @@
+"""Reads a Hugging Face checkpoint whole, or says what it lacks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+
+def load_whole(
+    role: str, source: str | Path, families: Sequence[Any], dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """The model in `source`: transformers would fill what a checkpoint lacks with random numbers and a warning.
+
+    Args:
+        role: what the model is to be, "target" or "draft", for messages.
+        source: a folder or hub id.
+        families: the model classes that will do.
+        dtype: of the weights; "auto": as they are stored.
+
+    Raises:
+        ValueError: no model is there, it is of another family, or a tensor is missing or misshapen.
+    """
+    _, family = read_config(role, source, families)
+    try:
+        model, info = family.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{role}: expected whole safetensors files in {source}, got {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{role}: expected a model folder or hub id, got {str(source)!r}: {first_line(error)}"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise ValueError(
+                f"{role}: expected every tensor in {source}, got {problem} {sorted(map(str, info[problem]))}"
+            )
+    return model
+
+
+def read_config(role: str, source: str | Path, families: Sequence[Any]) -> tuple[PreTrainedConfig, Any]:
+    """The config of the model in `source`, and which of `families` it is of; the rest is as in `load_whole`."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"{role}: expected a model folder or hub id, got {str(source)!r}: {first_line(error)}"
+        ) from error
+    family = {family.config_class: family for family in families}.get(type(config))
+    if family is None:
+        names = " or ".join(family.config_class.model_type for family in families)
+        raise ValueError(f"{role}: expected a {names} model, got {config.model_type} in {source}")
+    return config, family
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().splitlines()[0]
