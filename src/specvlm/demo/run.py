@@ -13,7 +13,7 @@ from specvlm.drafts import Draft, load_draft
 PICTURE_SIDE: Final = 432
 QUESTIONS: Final = 2
 REPEATS: Final = 3
-SECONDS: Final = 8.0  # after which no repeat begins
+SECONDS: Final = 5.0  # after which no repeat begins
 TEMPERATURES: Final = (0.0, 1.0)
 MAX_NEW_TOKENS: Final = 128
 
@@ -58,7 +58,7 @@ def tasks(count: int = QUESTIONS, seed: int = 0) -> list[Task]:
 
 def demo_drafts() -> dict[str | None, Draft | None]:
     """Every draft that ships, by name, behind autoregressive decoding."""
-    return {None: None, "ngram": load_draft("ngram")}
+    return {None: None, "ngram": load_draft("ngram"), "eagle": load_draft("demo"), "vlm": load_draft("demo-vlm")}
 
 
 def _place(cell: int) -> str:

@@ -6,6 +6,7 @@ number, so a run that was killed resumes to the same weights.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import cast
@@ -19,15 +20,15 @@ from specvlm.demo.data import Encoder, picture_batch
 from specvlm.demo.grammar import TYPES, ask
 from specvlm.demo.run import tasks
 from specvlm.demo.scenes import Scene, split_scene
-from specvlm.demo.train import keep_freed_memory
-from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
+from specvlm.demo.train import LOG_NAME, keep_freed_memory
+from specvlm.drafts import Draft, EagleConfig, EagleDraft, EagleHead
 from specvlm.loading import load
 from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, distill
+from specvlm.training import Progress as Standing
 
 BATCH = 12
 INTERMEDIATE_SIZE = 704
-LOG_NAME = "training_log.jsonl"
 
 
 def batch_of(step: int, encoder: Encoder, size: int = BATCH) -> Batch:
@@ -51,13 +52,28 @@ def batch_of(step: int, encoder: Encoder, size: int = BATCH) -> Batch:
     return Batch({"input_ids": input_ids, "pixel_values": picture_batch(scenes).pixels}, answers)
 
 
-def measured_tau(model: SpecVLM, draft: EagleDraft) -> float:
+def measured_tau(model: SpecVLM, draft: Draft) -> float:
     """Tokens a round over a few held-out descriptions, greedy."""
     stats = [
         model.generate(**model.prepare(task.picture, task.question), max_new_tokens=96, draft=draft).stats
         for task in tasks(count=3, seed=1)
     ]
     return sum(s.tau * s.rounds for s in stats) / sum(s.rounds for s in stats)
+
+
+def watch(run: Iterable[Standing], config: DistillConfig, log: Path) -> None:
+    """Takes a training to its end: a progress bar on the screen, and a line a checkpoint in `log`."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns) as bar, log.open("a") as lines:
+        task = bar.add_task("starting", total=config.steps)
+        for at in run:
+            tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
+            bar.update(task, completed=at.step, description=f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
+            if at.step % config.checkpoint_every == 0 or at.step == at.steps:
+                numbers = {"loss": at.loss, "cross_entropy": at.cross_entropy, "feature": at.feature}
+                rounded = {name: round(value, 4) for name, value in (numbers | {"agreement": at.agreement}).items()}
+                lines.write(json.dumps({"step": at.step, **rounded, "tau": round(at.tau or 0.0, 3)}) + "\n")
+                lines.flush()
 
 
 def train(out: Path, config: DistillConfig) -> None:
@@ -71,25 +87,15 @@ def train(out: Path, config: DistillConfig) -> None:
     encoder = Encoder(model.processor.tokenizer)
     checkpoint = out.with_name(f"{out.name}.checkpoint.pt")
     log = out.with_name(f"{out.name}.log.jsonl")
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as bar, log.open("a") as lines:
-        task = bar.add_task("starting", total=config.steps)
-        run = distill(
-            target,
-            draft,
-            lambda step: batch_of(step, encoder),
-            config,
-            checkpoint=checkpoint,
-            measure_tau=lambda: measured_tau(model, draft),
-        )
-        for at in run:
-            tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
-            bar.update(task, completed=at.step, description=f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
-            if at.step % config.checkpoint_every == 0 or at.step == at.steps:
-                numbers = {"loss": at.loss, "cross_entropy": at.cross_entropy, "feature": at.feature}
-                rounded = {name: round(value, 4) for name, value in (numbers | {"agreement": at.agreement}).items()}
-                lines.write(json.dumps({"step": at.step, **rounded, "tau": round(at.tau or 0.0, 3)}) + "\n")
-                lines.flush()
+    run = distill(
+        target,
+        draft,
+        lambda step: batch_of(step, encoder),
+        config,
+        checkpoint=checkpoint,
+        measure_tau=lambda: measured_tau(model, draft),
+    )
+    watch(run, config, log)
     draft.head.bfloat16()
     draft.save_pretrained(out)
     log.replace(out / LOG_NAME)
@@ -100,7 +106,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the head to write")
-    parser.add_argument("--steps", type=int, default=700, help="optimiser steps (700)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (3000)")
     args = parser.parse_args()
     torch.set_num_threads(2)
     keep_freed_memory()
