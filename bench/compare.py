@@ -8,9 +8,11 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -20,10 +22,13 @@ import matplotlib.pyplot as plt
 import torch
 
 from bench.machine import machine
-from specvlm import load
+from specvlm import SpecVLM, load
+from specvlm.cost_aware import CostAware, costs_of
+from specvlm.demo import HEAD_DIR, SMALL_DIR
 from specvlm.demo.run import tasks
-from specvlm.drafts import Draft, EagleDraft, NGramDraft
+from specvlm.drafts import Draft, EagleDraft, NGramDraft, VLMDraft
 from specvlm.measuring import Row, measure
+from specvlm.policies import Confidence, Eagle2, FixedShape, OptTree, Sage, TreePolicy, default_plan
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
 COLUMNS = (
@@ -32,13 +37,81 @@ COLUMNS = (
 )
 
 
-def demo_drafts(head: Path | None) -> dict[str | None, Draft | None]:
-    """AR and n-gram; with a head, EAGLE with shared noise, and the same head growing the usual tree."""
-    if head is None:
-        return {None: None, "ngram": NGramDraft()}
-    eagle = EagleDraft.from_pretrained(head)
-    usual = EagleDraft(eagle.head, eagle.plan, shared_noise=False)
+def drafts_with(head: Path, shape: Mapping[str, int]) -> dict[str | None, Draft | None]:
+    """AR, n-gram, EAGLE with shared noise, and the same head growing the usual tree.
+
+    Args:
+        shape: fields of the trees' plan, where they are not the CPU's or GPU's own.
+    """
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    eagle = EagleDraft.from_pretrained(head, Eagle2(replace(default_plan(place), **shape)))
+    usual = EagleDraft(eagle.head, eagle.policy, shared_noise=False)
     return {None: None, "ngram": NGramDraft(), "eagle": eagle, "eagle, usual tree": usual}
+
+
+def policies_of(head: Path, model: SpecVLM) -> dict[str | None, Draft | None]:
+    """AR, and the head and the small model under every tree policy, as those that know nothing yet."""
+    eagle, small = EagleDraft.from_pretrained(head), VLMDraft.from_pretrained(SMALL_DIR)
+    plan = default_plan(model.target.spec.device)
+    policies: dict[str, Callable[[Any], TreePolicy]] = {
+        "EAGLE-2": lambda draft: Eagle2(),
+        "fixed": lambda draft: FixedShape((2, 2, 1, 1, 1)),
+        "confidence": lambda draft: Confidence(),
+        "SAGE": lambda draft: Sage(widths=(2, max(4, plan.width)), nodes=max(16, plan.nodes)),
+        "OPT-Tree": lambda draft: OptTree(nodes=plan.nodes, width=plan.width),
+        "cost-aware": lambda draft: CostAware(costs_of(model.target, draft, width=plan.width), width=plan.width),
+    }
+    found: dict[str | None, Draft | None] = {None: None}
+    for name, policy in policies.items():
+        found[f"eagle, {name}"] = EagleDraft(eagle.head, policy(eagle))
+        found[f"vlm, {name}"] = VLMDraft(small.model, policy(small))
+    return found
+
+
+def against_hf(
+    model: SpecVLM, prompts: Sequence[Mapping[str, Any]], repeats: int, max_new_tokens: int
+) -> dict[str, float]:
+    """Greedy tokens a second, end to end, of AR by this engine and of `generate` of transformers, in turn.
+
+    Raises:
+        RuntimeError: their answers differ.
+    """
+    hf = model.target.model
+    for prompt in prompts:
+        expected = hf.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens)
+        if not torch.equal(model.generate(**prompt, max_new_tokens=max_new_tokens, draft=None).sequences, expected):
+            raise RuntimeError("transformers and AR answer differently")
+
+    def ours() -> int:
+        return sum(
+            len(model.generate(**prompt, max_new_tokens=max_new_tokens, draft=None).tokens) for prompt in prompts
+        )
+
+    def theirs() -> int:
+        answers = (hf.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens) for prompt in prompts)
+        return sum(
+            answer.shape[1] - prompt["input_ids"].shape[1] for answer, prompt in zip(answers, prompts, strict=True)
+        )
+
+    def speed(answer_all: Any) -> float:
+        began = time.perf_counter()
+        return answer_all() / (time.perf_counter() - began)
+
+    pairs: list[tuple[float, float]] = []
+    for repeat in range(repeats):
+        if repeat % 2:
+            plain = speed(theirs)
+            pairs.append((speed(ours), plain))
+        else:
+            pairs.append((speed(ours), speed(theirs)))
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "ar": round(median(a for a, _ in pairs), 1),
+        "transformers": round(median(b for _, b in pairs), 1),
+        "ratio": round(median(ratios), 3),
+        "least": round(ratios[0], 3),
+        "most": round(ratios[-1], 3),
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -80,16 +153,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def report(rows: Sequence[Row], about: dict[str, Any], out: Path) -> None:
-    """Writes compare.md, compare.png and compare.jsonl to `out`."""
+def report(rows: Sequence[Row], about: dict[str, Any], out: Path, name: str) -> None:
+    """Writes a table, a plot and JSON lines called `name` to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     text = "# Drafts on the shipped model\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     command = shlex.join(["python", "-m", "bench.compare", *sys.argv[1:]])
     text += f"\nMedians with quartiles; repeat with `{command}`.\n\n" + table(rows) + "\n"
-    (out / "compare.md").write_text(text + "\n![speed and tau against temperature](compare.png)\n")
-    plot(rows, out / "compare.png")
-    (out / "compare.jsonl").write_text("".join(json.dumps(about | asdict(row)) + "\n" for row in rows))
+    (out / f"{name}.md").write_text(text + f"\n![speed and tau against temperature]({name}.png)\n")
+    plot(rows, out / f"{name}.png")
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(about | asdict(row)) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -98,34 +171,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="repeats a condition (5)")
     parser.add_argument("--prompts", type=int, default=6, help="held-out scenes to describe (6)")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens an answer (96)")
-    parser.add_argument("--head", type=Path, help="an EAGLE head's folder, to be compared too")
+    parser.add_argument("--head", type=Path, default=HEAD_DIR, help="an EAGLE head's folder (the shipped one)")
     parser.add_argument("--nodes", type=int, help="nodes of the EAGLE trees")
     parser.add_argument("--depth", type=int, help="depth of the EAGLE trees")
     parser.add_argument("--width", type=int, help="width of the EAGLE trees")
+    parser.add_argument("--policies", action="store_true", help="compare tree policies, each of its own shape")
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="where to write (bench/results)")
     args = parser.parse_args()
-    drafts = demo_drafts(args.head)
     shape = {name: value for name in ("nodes", "depth", "width") if (value := getattr(args, name)) is not None}
-    for draft in drafts.values():
-        if isinstance(draft, EagleDraft) and shape:
-            draft.plan = replace(draft.plan_on(torch.device("cpu")), **shape)
+    if args.policies and shape:
+        parser.error(f"--policies: expected no {', '.join(shape)} besides")
     model = load("demo")
-    prompts = [model.prepare(task.picture, task.question) for task in tasks(args.prompts)]
+    device = model.target.spec.device
+    prompts = [
+        {name: given.to(device) for name, given in model.prepare(task.picture, task.question).items()}
+        for task in tasks(args.prompts)
+    ]
     about = machine() | {"repeats": args.repeats, "prompts": args.prompts, "max_new_tokens": args.tokens}
-    for done, rows in enumerate(
-        measure(
+    about["greedy tokens/s end to end"] = against_hf(model, prompts, args.repeats, args.tokens)
+    rows: list[Row] = []
+    for temperature in args.temperatures:  # each with fresh drafts: some policies learn from what they see
+        repeats = measure(
             model,
             prompts,
-            drafts,
-            temperatures=args.temperatures,
+            policies_of(args.head, model) if args.policies else drafts_with(args.head, shape),
+            temperatures=[temperature],
             repeats=args.repeats,
             max_new_tokens=args.tokens,
-        ),
-        start=1,
-    ):
-        print(f"repeat {done} of {args.repeats}\n{table(rows)}\n", flush=True)
-    report(rows, about, args.out)
+        )
+        for done, latest in enumerate(repeats, start=1):
+            print(f"temperature {temperature}, repeat {done} of {args.repeats}\n{table(latest)}\n", flush=True)
+        rows += latest
+    if different := [f"{row.draft} at {row.temperature}" for row in rows if not row.identical]:
+        sys.exit(f"answers that are not AR's: {', '.join(different)}")
+    report(rows, about, args.out, "policies" if args.policies else "compare")
     print(json.dumps(about | {"rows": [asdict(row) for row in rows]}))
 
 
