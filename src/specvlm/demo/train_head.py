@@ -70,8 +70,8 @@ def watch(run: Iterable[Standing], config: DistillConfig, log: Path) -> None:
             tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
             bar.update(task, completed=at.step, description=f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
             if at.step % config.checkpoint_every == 0 or at.step == at.steps:
-                numbers = {"loss": at.loss, "cross_entropy": at.cross_entropy, "feature": at.feature}
-                rounded = {name: round(value, 4) for name, value in (numbers | {"agreement": at.agreement}).items()}
+                numbers = {"loss": at.loss, **at.parts, "agreement": at.agreement}
+                rounded = {name: round(value, 4) for name, value in numbers.items()}
                 lines.write(json.dumps({"step": at.step, **rounded, "tau": round(at.tau or 0.0, 3)}) + "\n")
                 lines.flush()
 

@@ -1,6 +1,6 @@
 """What every draft that grows a tree level by level shares: the levels, the policy, the noise, the unread steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class Grower(Protocol):
 class TreeGrower:
     """Grows an answer's trees by a policy, below what the draft has read; a session has one.
 
+    `grow` is the whole of it for a draft with a forward a level; its parts serve others.
+
     Args:
         policy: the trees' shape.
         exclude: [E] int64 ids that are never proposed.
@@ -45,21 +47,60 @@ class TreeGrower:
         self._unread: list[Step] = []
 
     def grow(self, draft: Grower, state: DecodeState) -> DraftTree:
-        """The next round's tree. A round without one costs the draft nothing: it reads what it missed later."""
+        """The next round's tree, a forward a level. A round without one costs the draft nothing."""
+        plan = self.plan(state)
+        if plan is None:
+            return root_only(state.root)
+        hidden = self._read(draft, state)
+        growth = Growth(state.root, plan)
+        for depth in range(plan.depth):
+            logits = draft.logits(hidden)
+            positions = (state.kv_len + depth)[:, None].expand(logits.shape[:2])
+            self.extend(growth, *self.children(logits, positions, plan, state), depth, plan)
+            if depth + 1 < plan.depth:
+                beam = growth.beam()
+                hidden = draft.expand(beam, rows_of(hidden, beam.parent_rows), depth, plan, state)
+        return self.select(growth, plan)
+
+    def plan(self, state: DecodeState) -> Plan | None:
+        """Takes in what the last round emitted, and decides the next tree's shape; None: nothing is drafted.
+
+        The round's step joins those that `unread` hands over, so a draft reads later what it missed.
+        """
         self._history.observe(state)
         self._unread.append(state.step)
         plan = self._policy.plan(self._history)
         if plan.nodes == 1:
             self._history.skip()
-            return root_only(state.root)
-        hidden = self._read(draft, state)
-        growth = Growth(state.root, plan)
-        for depth in range(plan.depth):
-            tokens, scores = self._children(draft.logits(hidden), depth, plan.width, state)
-            growth.expand(tokens, self._policy.admit(scores, growth.parent_scores, depth + 1, plan))
-            if depth + 1 < plan.depth:
-                beam = growth.beam()
-                hidden = draft.expand(beam, rows_of(hidden, beam.parent_rows), depth, plan, state)
+            return None
+        return plan
+
+    def unread(self, state: DecodeState) -> Iterator[tuple[Step, Tensor]]:
+        """The steps since the draft last read, each with the position [B] of its first token."""
+        steps = merged(self._unread)
+        self._unread = []
+        first = state.kv_len + 1 - torch.stack([step.count for step in steps]).sum(dim=0).int()
+        for step in steps:
+            yield step, first
+            first = first + step.count
+
+    def children(self, logits: Tensor, positions: Tensor, plan: Plan, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """The best tokens [B, R, width] below nodes at `positions` [B, R], and their log-probabilities."""
+        return draft_topk(
+            logits,
+            plan.width,
+            positions,
+            temperature=state.sampling.temperature if self._shared_noise else 0.0,
+            seed=state.sampling.seed,
+            exclude=self._exclude,
+        )
+
+    def extend(self, growth: Growth, tokens: Tensor, scores: Tensor, depth: int, plan: Plan) -> None:
+        """Adds children of nodes at `depth` to the tree, those that the policy lets in."""
+        growth.expand(tokens, self._policy.admit(scores, growth.parent_scores, depth + 1, plan))
+
+    def select(self, growth: Growth, plan: Plan) -> DraftTree:
+        """The policy's tree of all that has grown."""
         candidates = growth.candidates()
         tree = self._policy.select(candidates, plan)
         if self._policy.looks_back:
@@ -68,25 +109,9 @@ class TreeGrower:
 
     def _read(self, draft: Grower, state: DecodeState) -> Tensor:
         """Appends what was emitted since the draft last read; the output at the root."""
-        steps = merged(self._unread)
-        self._unread = []
-        first = state.kv_len + 1 - torch.stack([step.count for step in steps]).sum(dim=0).int()
-        for step in steps:
+        for step, first in self.unread(state):
             hidden = draft.append(step, first)
-            first = first + step.count
         return hidden
-
-    def _children(self, logits: Tensor, depth: int, width: int, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """The best tokens [B, R, width] below nodes at `depth`, and their log-probabilities."""
-        positions = (state.kv_len + depth)[:, None].expand(logits.shape[:2])
-        return draft_topk(
-            logits,
-            width,
-            positions,
-            temperature=state.sampling.temperature if self._shared_noise else 0.0,
-            seed=state.sampling.seed,
-            exclude=self._exclude,
-        )
 
 
 def merged(steps: Sequence[Step]) -> list[Step]:

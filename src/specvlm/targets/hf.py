@@ -97,18 +97,23 @@ class HFTarget:
         return Scores(self.head(hidden), features)
 
     @torch.no_grad()
-    def teach(self, inputs: Mapping[str, Any]) -> Prompt:
-        """Whole sequences, padded at their ends, with post-final-norm features, for a draft to learn from.
+    def teach(self, inputs: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> tuple[Prompt, Tensor]:
+        """Whole sequences, padded at their ends, for a draft to learn from.
 
         Args:
             inputs: input_ids [B, T], and pixel_values (and image_sizes) of all the batch's pictures.
+            taps: which features the draft reads.
+
+        Returns:
+            the sequences as the draft sees a prompt, and post-final-norm states [B, T, H], of which `head` makes the
+            target's logits.
         """
         input_ids = inputs["input_ids"].to(self.spec.device)
         embeds, image_mask, vision = self._merge(input_ids, inputs)
         step = AttentionStep(torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device), None)
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device).expand_as(input_ids)
-        features = self._forward(embeds, positions, None, step, None)[0]
-        return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs)
+        hidden, features = self._forward(embeds, positions, None, step, taps)
+        return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs), hidden
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None

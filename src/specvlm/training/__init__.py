@@ -1,6 +1,18 @@
 """Teaching a draft by a frozen target."""
 
-from specvlm.training.distill import Batch, DistillConfig, Progress, distill
+from specvlm.training.distill import Progress, distill
 from specvlm.training.losses import Losses, distillation_losses, logit_losses
+from specvlm.training.objectives import Batch, DistillConfig, Lesson, Objective, objective_of
 
-__all__ = ["Batch", "DistillConfig", "Losses", "Progress", "distill", "distillation_losses", "logit_losses"]
+__all__ = [
+    "Batch",
+    "DistillConfig",
+    "Lesson",
+    "Losses",
+    "Objective",
+    "Progress",
+    "distill",
+    "distillation_losses",
+    "logit_losses",
+    "objective_of",
+]
