@@ -1,11 +1,14 @@
 """The answer with a draft is the answer without one, token for token, and Hugging Face's when greedy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specvlm import SpecVLM
+from specvlm.compressors import ViSpecConfig
 from specvlm.drafts import (
     Draft,
     Eagle3Config,
@@ -46,6 +49,9 @@ def drafts(answer: list[int], target: HFTarget) -> dict[str, Draft]:
     return {
         "eagle": EagleDraft(EagleHead(EagleConfig.for_target(spec, intermediate_size=64))),
         "eagle, few tokens": EagleDraft(EagleHead(EagleConfig.for_target(spec, 64))).with_vocabulary(range(5, 160)),
+        "eagle, ViSpec": EagleDraft(
+            EagleHead(replace(EagleConfig.for_target(spec, 64), compressor=ViSpecConfig(heads=4)))
+        ),
         "eagle3": eagle3(spec),
         "vlm": VLMDraft(small),
         "ngram": NGramDraft(),

@@ -1,12 +1,14 @@
 """Every draft under every tree policy at temperatures 0 and 1: the answer is that of autoregressive decoding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from specvlm import SpecVLM
+from specvlm.compressors import TextOnlyConfig, ViSpecConfig
 from specvlm.cost_aware import CostAware, Costs
 from specvlm.drafts import Draft, Eagle3Config, Eagle3Draft, Eagle3Head, EagleConfig, EagleDraft, EagleHead, VLMDraft
 from specvlm.policies import Confidence, Eagle2, FixedShape, OptTree, Sage, TreePolicy
@@ -37,6 +39,16 @@ def few_tokens(target: HFTarget, policy: TreePolicy) -> Draft:
     return EagleDraft(EagleHead(EagleConfig.for_target(target.spec, 64)), policy).with_vocabulary(range(5, 160))
 
 
+def vispec(target: HFTarget, policy: TreePolicy) -> Draft:
+    config = EagleConfig.for_target(target.spec, 64)
+    return EagleDraft(EagleHead(replace(config, compressor=ViSpecConfig(heads=4))), policy)
+
+
+def text_only(target: HFTarget, policy: TreePolicy) -> Draft:
+    config = EagleConfig.for_target(target.spec, 64)
+    return EagleDraft(EagleHead(replace(config, compressor=TextOnlyConfig())), policy)
+
+
 def usual_tree(target: HFTarget, policy: TreePolicy) -> Draft:
     return EagleDraft(EagleHead(EagleConfig.for_target(target.spec, 64)), policy, shared_noise=False)
 
@@ -60,6 +72,8 @@ DRAFTS = {
     "eagle": eagle,
     "eagle, few tokens": few_tokens,
     "eagle, usual tree": usual_tree,
+    "eagle, ViSpec": vispec,
+    "eagle, text only": text_only,
     "eagle3": eagle3,
     "vlm": vlm,
     "vlm of text alone": language_model,

@@ -23,11 +23,18 @@ def rms_norm(values: Tensor, scale: Tensor, config: HeadConfig) -> Tensor:
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * scale
 
 
-def attention(entering: Tensor, weights: dict[str, Tensor], config: HeadConfig) -> Tensor:
-    """[T, H] of a chain [T, W], each seeing those before it; `weights` are a layer's, by their last names."""
+def attention(
+    entering: Tensor, weights: dict[str, Tensor], config: HeadConfig, positions: Tensor | None = None
+) -> Tensor:
+    """[T, H] of a chain [T, W], each seeing those before it; `weights` are a layer's, by their last names.
+
+    Args:
+        positions: [T] rotary ones; None: 0 to T - 1.
+    """
     length, dim = len(entering), config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    angle = torch.arange(length)[:, None] / config.rope_theta ** (torch.arange(0, dim, 2) / dim)  # [T, D/2]
+    at = torch.arange(length) if positions is None else positions
+    angle = at[:, None] / config.rope_theta ** (torch.arange(0, dim, 2) / dim)  # [T, D/2]
 
     def rotated(values: Tensor) -> Tensor:
         first, second = values.chunk(2, dim=-1)
@@ -98,6 +105,7 @@ def check_rounds(
     line: StraightLine,
     fused: Callable[[Tensor], Tensor],
     logits_of: Callable[[Tensor], Tensor],
+    images: int = 1,
 ) -> None:
     """Ten rounds, of which every other accepts several tokens, and some have no tree: what the draft then missed, one
     token or several at a time, it reads later. Its logits at each node are the formula's.
@@ -107,9 +115,10 @@ def check_rounds(
         line: the formula.
         fused: what pairs are made of [T, H], from the target's features [T, F].
         logits_of: [V] from an output [H].
+        images: pictures in the prompt.
     """
     target = specvlm.target
-    prompt_inputs = prompt_for(target.model)
+    prompt_inputs = prompt_for(target.model, images)
     sampling = Sampling(1.0, 0, 1.0, torch.tensor([5]))
     state, prompt = target.prefill(prompt_inputs, sampling=sampling, limits=Limits(60), taps=draft.taps)
     state.first()

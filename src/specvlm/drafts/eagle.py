@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, sizes_like, spread
+from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like, spread
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 from specvlm.vocabulary import check_vocabulary
@@ -58,14 +58,14 @@ class EagleHead(PairHead):
         if config.draft_vocab_size is not None:
             self.register_buffer("vocabulary", torch.arange(config.draft_vocab_size))
 
-    def forward(
-        self, embeds: Tensor, hidden: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep
-    ) -> Tensor:
-        """See `PairHead.forward`; `hidden` are post-final-norm features, or outputs."""
-        joined = self.fc(torch.cat([embeds, hidden], dim=-1))
+    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`; the pairs' `hidden` are post-final-norm features, or outputs."""
+        joined = self.fc(torch.cat([pairs.embeds, pairs.hidden], dim=-1))
+        if pairs.direct is not None:
+            joined = torch.where(pairs.direct[..., None], pairs.embeds, joined)
         return self.layers[0](
             joined,
-            position_embeddings=self.rotary(joined, positions),
+            position_embeddings=self.rotary(joined, pairs.positions),
             past_key_values=None if slab is None else slab_cache(slab, step),
             use_cache=slab is not None,
             step=step,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from specvlm.checks import check_int
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, sizes_like, spread
+from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like, spread
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 
@@ -97,14 +97,15 @@ class Eagle3Head(PairHead):
         """[B, T, H] from the taps' features, concatenated."""
         return self.fc(features)
 
-    def forward(
-        self, embeds: Tensor, hidden: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep
-    ) -> Tensor:
-        """See `PairHead.forward`; `hidden` are fused features, or outputs."""
+    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
+        hidden = pairs.hidden
+        if pairs.direct is not None:
+            hidden = torch.where(pairs.direct[..., None], pairs.embeds, hidden)
         return self.midlayer(
-            embeds,
+            pairs.embeds,
             hidden,
-            position_embeddings=self.rotary(hidden, positions),
+            position_embeddings=self.rotary(hidden, pairs.positions),
             past_key_values=None if slab is None else slab_cache(slab, step),
             step=step,
         )

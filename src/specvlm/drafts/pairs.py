@@ -2,13 +2,14 @@
 
 A pair joins the feature of position i with the embedding of token i + 1, at rotary position i. A head's lasting KV
 holds pairs of the target's own features only: a round first appends what the target emitted, then grows a tree on top,
-whose features are the head's outputs, and drops it.
+whose features are the head's outputs, and drops it. What of a prompt's pictures makes pairs, a compressor decides.
 
 Source: EAGLE (Li et al., 2024).
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specvlm.checks import check_int, check_number
+from specvlm.compressors import Compressor, CompressorConfig, compressor_config
 from specvlm.drafts.folder import load_strictly, read_folder, write_folder
 from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
 from specvlm.policies import Eagle2, TreePolicy
@@ -34,6 +36,7 @@ class HeadConfig:
 
     Attributes:
         draft_vocab_size: how many of the target's tokens the head can propose; None: all.
+        compressor: what of a prompt's pictures it reads, or that config's settings by name; None: all there is.
 
     Raises:
         ValueError, TypeError: a size that is out of its range or no number, by name.
@@ -49,6 +52,7 @@ class HeadConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     draft_vocab_size: int | None = None
+    compressor: CompressorConfig | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings"):
@@ -68,6 +72,14 @@ class HeadConfig:
                 raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
         if self.draft_vocab_size is not None:
             check_int("draft_vocab_size", self.draft_vocab_size, low=1, high=self.vocab_size)
+        if self.compressor is not None:
+            object.__setattr__(self, "compressor", compressor_config(self.compressor))
+
+    def settings(self) -> dict[str, Any]:
+        """The fields by name, as JSON holds them."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        compressor = self.compressor
+        return told | ({"compressor": compressor.settings()} if isinstance(compressor, CompressorConfig) else {})
 
     @property
     def proposable(self) -> int:
@@ -102,6 +114,22 @@ def sizes_like(spec: TargetSpec) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What a head reads, a feature and the next token's embedding a row.
+
+    Attributes:
+        embeds, hidden: [B, P, H]; `hidden` are fused features of the target, or outputs of the head.
+        positions: [B, P] rotary positions: those of the features.
+        direct: [B, P] bool rows whose embedding enters the layer as it is; None: there is none.
+    """
+
+    embeds: Tensor
+    hidden: Tensor
+    positions: Tensor
+    direct: Tensor | None = None
+
+
 class PairHead(nn.Module):
     """A head's weights; its tensors have the names of EAGLE's published checkpoints.
 
@@ -115,19 +143,32 @@ class PairHead(nn.Module):
         super().__init__()
         self.config = config
         self.rotary = LlamaRotaryEmbedding(config.layer())
+        compressor = config.compressor
+        self.compressor = (
+            compressor.build(config.hidden_size) if isinstance(compressor, CompressorConfig) else Compressor()
+        )
 
     def fuse(self, features: Tensor) -> Tensor:
         """What pairs are made of, [B, T, H], from the target's features [B, T, F]: the features, unless it fuses."""
         return features
 
-    def forward(
-        self, embeds: Tensor, hidden: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep
-    ) -> Tensor:
-        """The head's output [B, T, H], which is a pair's `hidden` one level on, for pairs of two [B, T, H].
+    def read(self, prompt: Prompt) -> tuple[Prompt, Pairs]:
+        """What the head reads of a prompt: its rows, compressed, with features fused, and their pairs.
+
+        Row j + 1's embedding goes with row j's feature; rows that do not follow each other in the prompt do here.
+        """
+        seen = self.compressor(replace(prompt, features=self.fuse(prompt.features)))
+        return seen, Pairs(
+            embeds=seen.embeds[:, 1:],
+            hidden=seen.features[:, :-1],
+            positions=seen.positions[:, 1:] - 1,
+            direct=seen.image_mask[:, 1:] if self.compressor.direct else None,
+        )
+
+    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+        """The head's output [B, P, H], which is a pair's `hidden` one level on.
 
         Args:
-            hidden: fused features of the target, or outputs.
-            positions: [B, T] rotary positions: those of the features.
             slab: [1, 2, B, Hkv, S, D], to which the pairs' KV is written; None: nothing is kept, as in training.
             step: where the pairs go in it, and what they see.
         """
@@ -181,7 +222,7 @@ class PairDraft:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, whole or not at all."""
         write_folder(
-            Path(folder), draft_type=self.kind, config=asdict(self.head.config), tensors=self.head.state_dict()
+            Path(folder), draft_type=self.kind, config=self.head.config.settings(), tensors=self.head.state_dict()
         )
 
     def bind(self, target: Target) -> None:
@@ -230,7 +271,7 @@ class PairDraft:
     @property
     def sizes(self) -> dict[str, Any]:
         """What its speed hangs on."""
-        return asdict(self.head.config)
+        return self.head.config.settings()
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
@@ -247,15 +288,13 @@ class PairSession:
     def __init__(self, draft: PairDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft, self._target = draft, draft.target
         config = draft.head.config
-        batch, length = prompt.input_ids.shape
-        device = prompt.input_ids.device
         self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise)
         self._context = draft.target.spec.context
         self._slab = draft_slab(state, 1, config.num_key_value_heads, config.head_dim)
-        if length > 1:
-            empty = torch.zeros(batch, dtype=torch.int32, device=device)
-            pairs = prompt.embeds[:, 1:], draft.head.fuse(prompt.features[:, :-1]), prompt.positions[:, :-1]
-            draft.head(*pairs, self._slab, AttentionStep(empty, None))
+        seen, pairs = draft.head.read(prompt)
+        self._guide, self._left_out = seen.guide, prompt.lengths - seen.lengths
+        if pairs.positions.shape[1]:
+            draft.head(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
 
     def propose(self, state: DecodeState) -> DraftTree:
         """A tree by the draft's policy, on top of what was emitted."""
@@ -265,29 +304,27 @@ class PairSession:
         """Adds the true pairs of emitted tokens to the lasting KV; the output [B, 1, H] at the last of them."""
         before = first - 1  # a pair stands at its feature's position
         count = step.tokens.shape[1]
-        chain = chain_ancestors(count, before.device)
-        positions = self._positions(before[:, None] + torch.arange(count, device=before.device))
-        hidden = self._draft.head(
-            self._target.embed(step.tokens),
-            self._draft.head.fuse(step.features),
-            positions,
-            self._slab,
-            AttentionStep(before, chain.expand(before.shape[0], -1, -1)),
-        )
+        chain = chain_ancestors(count, before.device).expand(before.shape[0], -1, -1)
+        positions = before[:, None] + torch.arange(count, device=before.device)
+        features = self._draft.head.fuse(step.features)
+        hidden = self._forward(step.tokens, features, positions, AttentionStep(before - self._left_out, chain))
         return rows_of(hidden, step.count[:, None].long() - 1)
 
     def expand(self, beam: Beam, above: Tensor, depth: int, plan: Plan, state: DecodeState) -> Tensor:
         """Outputs [B, k, H] for the beam's nodes, whose parents at `depth` gave `above`."""
-        positions = self._positions((state.kv_len + depth)[:, None].expand(beam.tokens.shape))
-        step = AttentionStep(state.kv_len, beam.ancestors, first_slot=state.kv_len + depth * plan.width)
-        return self._draft.head(self._target.embed(beam.tokens), above, positions, self._slab, step)
+        positions = (state.kv_len + depth)[:, None].expand(beam.tokens.shape)
+        behind_root = state.kv_len - self._left_out
+        step = AttentionStep(behind_root, beam.ancestors, first_slot=behind_root + depth * plan.width)
+        return self._forward(beam.tokens, above, positions, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, R, V] over the target's vocabulary."""
         return self._draft.logits(hidden)
 
-    def _positions(self, positions: Tensor) -> Tensor:
-        return positions.clamp(max=self._context - 1)
+    def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        hidden = self._draft.head.compressor.guided(hidden, self._guide)
+        pairs = Pairs(self._target.embed(tokens), hidden, positions.clamp(max=self._context - 1))
+        return self._draft.head(pairs, self._slab, step)
 
 
 def spread(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:

@@ -59,6 +59,8 @@ class Prompt:
         features: [B, T, F], what the draft's taps asked for.
         vision: the vision tower's output as transformers gives it; None without a picture.
         inputs: what the processor gave.
+        lengths: [B] int32 rows that count; a compressor may leave garbage behind them.
+        guide: [B, H] what a compressor keeps of the latest picture beside its rows; None: nothing.
     """
 
     input_ids: Tensor
@@ -68,6 +70,8 @@ class Prompt:
     features: Tensor
     vision: Any | None
     inputs: Mapping[str, Any]
+    lengths: Tensor
+    guide: Tensor | None = None
 
 
 class Target(Protocol):

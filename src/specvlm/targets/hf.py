@@ -86,7 +86,7 @@ class HFTarget:
         except BaseException:
             self._pool.give_back(slab)
             raise
-        return state, Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs)
+        return state, Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs, kv_len + length)
 
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
         """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
@@ -113,7 +113,8 @@ class HFTarget:
         step = AttentionStep(torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device), None)
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device).expand_as(input_ids)
         hidden, features = self._forward(embeds, positions, None, step, taps)
-        return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs), hidden
+        lengths = torch.full_like(step.kv_len, input_ids.shape[1])
+        return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs, lengths), hidden
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None

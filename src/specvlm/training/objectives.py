@@ -6,7 +6,7 @@ features, on the answer's tokens. A draft with features of its own, a small mode
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -127,22 +127,21 @@ class HeadObjective:
         self._target, self._draft, self._config = target, draft, config
 
     def lesson(self, batch: Batch, step: int) -> Lesson:
-        """Row i pairs feature i with token i + 1; it is to say what the target says of token i + 2."""
+        """The pair of row j's feature and row j + 1's token is to say what the target says behind that token."""
         taught, features = self._target.teach(batch.inputs)
-        embeds = taught.embeds
-        batch_size, length = batch.inputs["input_ids"].shape
-        positions = torch.arange(length - 2, device=features.device).expand(batch_size, -1)
-        prompt = AttentionStep(torch.zeros(batch_size, dtype=torch.int32, device=features.device), None)
-        noisy = self._noise(features[:, :-2], step)
-        hidden = self._draft.head(embeds[:, 1:-1], noisy, positions, None, prompt)
-        with torch.no_grad():
-            teacher_logits = self._target.head(features[:, 1:-1])
         answers = batch.answers.to(features.device)
-        counts = answers[:, 1:-1] & answers[:, 2:]  # the pair's token is in the answer, and so is the one to guess
-        losses = distillation_losses(self._draft.logits(hidden), hidden, teacher_logits, features[:, 1:-1], counts)
-        weighed = (
-            self._config.cross_entropy_weight * losses.cross_entropy + self._config.feature_weight * losses.feature
-        )
+        seen, pairs = self._draft.head.read(replace(taught, features=self._noise(taught.features, step)))
+        prompt = AttentionStep(torch.zeros_like(seen.lengths), None)
+        hidden = self._draft.head(pairs, None, prompt)
+        at = seen.positions[:, 1:].long()  # of the pairs' tokens
+        teacher_features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
+        with torch.no_grad():
+            teacher_logits = self._target.head(teacher_features)
+        # A pair counts where its token is in the answer, and so is the one to guess.
+        counts = (answers & nn.functional.pad(answers[:, 1:], (0, 1))).gather(1, at)
+        losses = distillation_losses(self._draft.logits(hidden), hidden, teacher_logits, teacher_features, counts)
+        config = self._config
+        weighed = config.cross_entropy_weight * losses.cross_entropy + config.feature_weight * losses.feature
         parts = {"cross_entropy": losses.cross_entropy.detach(), "feature": losses.feature.detach()}
         return Lesson(weighed, parts, losses.agreement)
 
