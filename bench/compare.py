@@ -26,7 +26,7 @@ from specvlm import SpecVLM, load
 from specvlm.cost_aware import CostAware, costs_of
 from specvlm.demo import HEAD_DIR, SMALL_DIR
 from specvlm.demo.run import tasks
-from specvlm.drafts import Draft, EagleDraft, NGramDraft, VLMDraft
+from specvlm.drafts import Draft, EagleDraft, EagleHead, NGramDraft, VLMDraft
 from specvlm.measuring import Row, measure
 from specvlm.policies import Confidence, Eagle2, FixedShape, OptTree, Sage, TreePolicy, default_plan
 
@@ -50,7 +50,8 @@ def drafts_with(head: Path, shape: Mapping[str, int]) -> dict[str | None, Draft 
 
 
 def policies_of(head: Path, model: SpecVLM) -> dict[str | None, Draft | None]:
-    """AR, and the head and the small model under every tree policy, as those that know nothing yet."""
+    """AR, and the head and the small model under every tree policy, as those that know nothing yet; and a head that
+    never learned anything under the one that is to notice."""
     eagle, small = EagleDraft.from_pretrained(head), VLMDraft.from_pretrained(SMALL_DIR)
     plan = default_plan(model.target.spec.device)
     policies: dict[str, Callable[[Any], TreePolicy]] = {
@@ -62,9 +63,11 @@ def policies_of(head: Path, model: SpecVLM) -> dict[str | None, Draft | None]:
         "cost-aware": lambda draft: CostAware(costs_of(model.target, draft, width=plan.width), width=plan.width),
     }
     found: dict[str | None, Draft | None] = {None: None}
-    for name, policy in policies.items():
-        found[f"eagle, {name}"] = EagleDraft(eagle.head, policy(eagle))
-        found[f"vlm, {name}"] = VLMDraft(small.model, policy(small))
+    found |= {f"eagle, {name}": EagleDraft(eagle.head, policy(eagle)) for name, policy in policies.items()}
+    found |= {f"vlm, {name}": VLMDraft(small.model, policy(small)) for name, policy in policies.items()}
+    torch.manual_seed(0)
+    useless = EagleDraft(EagleHead(eagle.head.config))
+    found["untrained eagle, cost-aware"] = EagleDraft(useless.head, policies["cost-aware"](useless))
     return found
 
 
@@ -153,15 +156,41 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def report(rows: Sequence[Row], about: dict[str, Any], out: Path, name: str) -> None:
-    """Writes a table, a plot and JSON lines called `name` to `out`."""
+def bars(rows: Sequence[Row], path: Path) -> None:
+    """Decode-only speedup over AR, and tau, a bar a draft and temperature, those of one draft together."""
+    plain = {row.temperature: row.decode.median for row in rows if row.draft is None}
+    names = list(dict.fromkeys(row.draft for row in rows))
+    figure, (speed, tau) = plt.subplots(1, 2, figsize=(11, 1 + 0.35 * len(names)), layout="constrained", sharey=True)
+    height = 0.8 / len(plain)
+    for number, (temperature, ar) in enumerate(plain.items()):
+        mine = {row.draft: row for row in rows if row.temperature == temperature}
+        at = [place + number * height for place in range(len(names))]
+        decode = [mine[name].decode for name in names]
+        spread = [[(d.median - d.low) / ar for d in decode], [(d.high - d.median) / ar for d in decode]]
+        label = f"temperature {temperature:g}"
+        speed.barh(at, [d.median / ar for d in decode], height, xerr=spread, capsize=2, label=label)
+        tau.barh(at, [mine[name].tau for name in names], height, label=label)
+    speed.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], [name or "AR" for name in names])
+    speed.invert_yaxis()
+    speed.axvline(1, color="black", linewidth=0.8)
+    speed.set(xlabel="decode-only speed, AR = 1 (bars: quartiles)")
+    tau.set(xlabel="tokens a round (tau)")
+    for axes in (speed, tau):
+        axes.grid(axis="x", alpha=0.3)
+    tau.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(rows: Sequence[Row], about: dict[str, Any], out: Path, name: str, draw: Callable[..., None]) -> None:
+    """Writes a table, what `draw` makes of the rows, and JSON lines called `name` to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     text = "# Drafts on the shipped model\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     command = shlex.join(["python", "-m", "bench.compare", *sys.argv[1:]])
     text += f"\nMedians with quartiles; repeat with `{command}`.\n\n" + table(rows) + "\n"
-    (out / f"{name}.md").write_text(text + f"\n![speed and tau against temperature]({name}.png)\n")
-    plot(rows, out / f"{name}.png")
+    (out / f"{name}.md").write_text(text + f"\n![speed and tau]({name}.png)\n")
+    draw(rows, out / f"{name}.png")
     (out / f"{name}.jsonl").write_text("".join(json.dumps(about | asdict(row)) + "\n" for row in rows))
 
 
@@ -205,7 +234,8 @@ def main() -> None:
         rows += latest
     if different := [f"{row.draft} at {row.temperature}" for row in rows if not row.identical]:
         sys.exit(f"answers that are not AR's: {', '.join(different)}")
-    report(rows, about, args.out, "policies" if args.policies else "compare")
+    name, draw = ("policies", bars) if args.policies else ("compare", plot)
+    report(rows, about, args.out, name, draw)
     print(json.dumps(about | {"rows": [asdict(row) for row in rows]}))
 
 

@@ -152,7 +152,7 @@ def test_a_good_draft_is_used_almost_as_well_as_by_one_who_knows():
 
 
 def test_speculation_is_turned_down_and_up_again():
-    policy = CostAware(TYPICAL, look=16)
+    policy = CostAware(TYPICAL, looks=0.03)
     assert played(policy, 60, hit=0.95)[2][-2].depth >= 4
     assert played(policy, 200, hit=0.0)[2][-2].nodes == 1
     _, _, plans = played(policy, 600, hit=0.95)
@@ -201,7 +201,7 @@ def test_costs_are_measured_once_by_the_clock(tmp_path, monkeypatch):
 def test_answers_stay_what_they_are(temperature, level):
     model = tiny_llava()
     specvlm = SpecVLM(model)
-    policy = CostAware(Costs(TYPICAL.verify, level), look=7, review=3)
+    policy = CostAware(Costs(TYPICAL.verify, level), looks=9.0, review=3)
     torch.manual_seed(2)
     draft = EagleDraft(EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=64)), policy)
     prompt = prompt_for(model) | {"temperature": temperature, "max_new_tokens": 80}
@@ -218,7 +218,8 @@ def test_answers_stay_what_they_are(temperature, level):
         (lambda: Costs({1: 1.0, 8: float("nan")}, 1.0), "costs: expected finite times above 0"),
         (lambda: Costs({1: 1.0, 8: 1.0}, float("inf")), "costs: expected finite times above 0"),
         (lambda: CostAware(TYPICAL, depth=0), "depth: expected an integer >= 1, got 0"),
-        (lambda: CostAware(TYPICAL, look=0), "look: expected an integer >= 1, got 0"),
+        (lambda: CostAware(TYPICAL, looks=0.0), "looks: expected a finite number > 0, got 0.0"),
+        (lambda: CostAware(TYPICAL, looks=float("nan")), "looks: expected a finite number > 0, got nan"),
         (lambda: CostAware(TYPICAL, width=65), "width: expected an integer from 1 to 64, got 65"),
     ],
 )

@@ -26,8 +26,8 @@ POLICIES: dict[str, Callable[[], TreePolicy]] = {
     "confidence": lambda: Confidence(0.02),
     "SAGE": Sage,
     "OPT-Tree": lambda: OptTree(rise=0.05),
-    "cost-aware": lambda: CostAware(FREE, review=3, look=5),
-    "cost-aware, to AR and back": lambda: CostAware(DEAR, review=3, look=5),
+    "cost-aware": lambda: CostAware(FREE, review=3),
+    "cost-aware, to AR and back": lambda: CostAware(DEAR, review=3, looks=2.0),
 }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from specvlm.checks import check_int
+from specvlm.checks import check_int, check_number
 from specvlm.policies import Eagle2, History, Outcome, TreePolicy
 from specvlm.state import Limits, Sampling
 from specvlm.targets.base import Target
@@ -134,38 +134,64 @@ def best_shape(costs: Costs, rates: Rates) -> tuple[int, int]:
 class CostAware(TreePolicy):
     """Takes the shape of the most tokens a second, and drafts nothing where that is faster.
 
-    What it learns serves the next answer too; one instance belongs to one draft on one target.
+    Now and then it looks: a tree a level deeper than decided, or of the first level where nothing was to be drafted, is
+    how it learns that more would pay again. A look that came out is followed by another where two tokens for its time
+    are a gain. What it learns serves the next answer too; one instance belongs to one draft on one target.
 
     Args:
         costs: of the target and the draft on this machine: `costs_of(target, draft)`.
         depth: the most levels.
         width: nodes expanded a level, and children of each.
         review: rounds between two decisions.
-        look: rounds between two trees that are a level deeper than decided, or of the first level where nothing was
-            to be drafted, which is how it learns that more would pay again.
+        looks: the share of the time that looks which bring nothing may take.
     """
 
-    def __init__(self, costs: Costs, *, depth: int = 8, width: int = 4, review: int = 8, look: int = 48) -> None:
-        for name, value in (("depth", depth), ("review", review), ("look", look)):
+    def __init__(self, costs: Costs, *, depth: int = 8, width: int = 4, review: int = 8, looks: float = 0.01) -> None:
+        for name, value in (("depth", depth), ("review", review)):
             check_int(name, value, low=1)
+        check_number("looks", looks)
+        if not (math.isfinite(looks) and looks > 0):
+            raise ValueError(f"looks: expected a finite number > 0, got {looks}")
         Plan(BUCKETS[-1], depth, width)
         self.costs, self.rates = costs, Rates(depth, width)
-        self._review, self._look = review, look
-        self._rounds = 0
+        self._review, self._looks = review, looks
+        self._rounds = self._next_look = 0
         self._shape = (1, 0)
+        self._looked = 0  # how deep, in the last round
 
     def plan(self, history: History) -> Plan:
         """The shape decided at the last review, or now and then one a level deeper."""
-        self.rates.add(history.outcomes())
+        outcomes = history.outcomes()
+        self.rates.add(outcomes)
         if self._rounds % self._review == 0:
-            self._shape = best_shape(self.costs, self.rates)
+            self._decide()
         self._rounds += 1
-        nodes, depth = self._shape
-        if self._rounds % self._look == 0:
-            nodes, depth = max(nodes, min(set(self.costs.verify) - {1})), min(depth + 1, self.rates.depth)
+        (nodes, depth), deeper = self._shape, self._deeper()
+        came_out = 0 < self._looked == len(outcomes) and outcomes[-1].rank is not None
+        again = came_out and depth == 0 and self.costs.seconds(*deeper) < 2 * self.costs.verify[1]
+        self._looked = 0
+        if again or self._rounds >= self._next_look:
+            self._next_look = self._rounds + self._gap()
+            nodes, self._looked = deeper
+            return Plan(nodes, self._looked, self.rates.width)
         if nodes == 1:
             return Plan(1, 1, self.rates.width)
         return Plan(nodes, depth, self.rates.width)
+
+    def _decide(self) -> None:
+        before, self._shape = self._shape, best_shape(self.costs, self.rates)
+        if before != self._shape:
+            self._next_look = self._rounds + self._gap()
+
+    def _deeper(self) -> tuple[int, int]:
+        """The shape of a look."""
+        nodes, depth = self._shape
+        return max(nodes, min(set(self.costs.verify) - {1})), min(depth + 1, self.rates.depth)
+
+    def _gap(self) -> int:
+        """Rounds from one look to the next, so that what it takes longer is the share of the time that it may."""
+        usual = self.costs.seconds(*self._shape)
+        return max(1, math.ceil((self.costs.seconds(*self._deeper()) - usual) / (self._looks * usual)))
 
     def widest(self, device: torch.device) -> int:
         """The ranks that are kept count of."""
