@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import count
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from specvlm import SpecVLM
 from specvlm.cost_aware import CostAware, Costs, Rates, best_shape, costs_of
-from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft
+from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft, VLMDraft
 from specvlm.policies import Outcome
 from specvlm.targets.hf import HFTarget
 from specvlm.tree import BUCKETS, Plan
@@ -135,15 +136,19 @@ def played(policy: CostAware, rounds: int, hit: float, seed: int = 0) -> tuple[i
 TYPICAL = Costs({1: 1.0, 8: 1.2, 16: 1.5, 32: 2.2, 64: 3.6, 128: 6.5}, level=0.25)
 
 
-def test_a_useless_draft_costs_less_than_a_twentieth():
-    tokens, seconds, plans = played(CostAware(TYPICAL), 400, hit=0.0)
-    assert tokens / seconds >= 0.95 / TYPICAL.verify[1]
-    assert plans[-2].nodes == 1
+@pytest.mark.parametrize("rounds", [96, 200, 400, 1000])
+def test_a_useless_draft_costs_less_than_a_twentieth(rounds):
+    for seed in range(5):
+        tokens, seconds, plans = played(CostAware(TYPICAL), rounds, hit=0.0, seed=seed)
+        assert tokens / seconds >= 0.95 / TYPICAL.verify[1]
+        assert plans[-2].nodes == 1
 
 
-def test_a_good_draft_is_used_almost_as_well_as_by_one_who_knows():
+@pytest.mark.parametrize("rounds", [96, 400])
+def test_a_good_draft_is_used_almost_as_well_as_by_one_who_knows(rounds):
     for hit in (0.5, 0.7, 0.9, 0.97):
-        tokens, seconds, _ = played(CostAware(TYPICAL), 400, hit)
+        played_of = [played(CostAware(TYPICAL), rounds, hit, seed) for seed in range(5)]
+        tokens, seconds = sum(tokens for tokens, _, _ in played_of), sum(seconds for _, seconds, _ in played_of)
         known = Rates(8, 4)
         known.rate = lambda depth, rank, hit=hit: hit if rank == 0 else 0.0
         nodes, depth = best_shape(TYPICAL, known)
@@ -186,7 +191,8 @@ def test_costs_are_measured_once_by_the_clock(tmp_path, monkeypatch):
     assert now[0] == before, "measured twice"
     assert [path.name for path in cache.parent.iterdir()] == ["costs.json"]
     other = EagleDraft(EagleHead(EagleConfig.for_target(target.spec, intermediate_size=96)))
-    costs_of(target, other, cache=cache)
+    ticks = count()
+    costs_of(target, other, cache=cache, clock=lambda: float(next(ticks)))
     assert len(json.loads(cache.read_text())) == 2
     key = next(iter(json.loads(cache.read_text())))
     for broken in ("{", "[]", json.dumps({key: None}), json.dumps({key: {"verify": {"1": 1}, "level": 1}})):
@@ -226,3 +232,38 @@ def test_answers_stay_what_they_are(temperature, level):
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_draft_that_is_right_is_followed_deeper_and_one_that_is_not_is_left_alone():
+    model = tiny_llava()
+    specvlm = SpecVLM(model)
+    cheap = Costs(dict.fromkeys(BUCKETS, 1.0), level=0.05)
+    prompt = prompt_for(model) | {"max_new_tokens": 120}
+    for temperature in (0.0, 1.0):
+        right = CostAware(cheap)
+        specvlm.generate(**prompt, temperature=temperature, draft=VLMDraft(tiny_llava(), right))
+        assert right.rates.rate(1, 0) > 0.95
+        assert best_shape(cheap, right.rates)[1] == right.plan(Told()).depth == 8
+        torch.manual_seed(2)
+        wrong = CostAware(TYPICAL)
+        head = EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=64))
+        specvlm.generate(**prompt, temperature=temperature, draft=EagleDraft(head, wrong))
+        assert wrong.rates.rate(1, 0) < Rates(8, 4).rate(1, 0) / 2
+        assert best_shape(TYPICAL, wrong.rates) == (1, 0)
+
+
+def test_a_draft_that_was_measured_can_still_learn(tmp_path):
+    target = HFTarget(tiny_llava().to(torch.bfloat16))
+    draft = EagleDraft(EagleHead(EagleConfig.for_target(target.spec, intermediate_size=64)))
+    costs_of(target, draft, cache=tmp_path / "costs.json")
+    assert not any(parameter.is_inference() for parameter in draft.head.parameters())
+
+
+def test_times_that_something_else_disturbed_are_not_kept(tmp_path, monkeypatch):
+    assert Costs({1: 1.0, 8: 0.9, 16: 1.2}, 1.0).plausible
+    assert not Costs({1: 1.0, 8: 5.0, 16: 2.0}, 1.0).plausible
+    target = HFTarget(tiny_llava())
+    draft = EagleDraft(EagleHead(EagleConfig.for_target(target.spec, intermediate_size=64)))
+    monkeypatch.setattr(Costs, "plausible", False)
+    costs_of(target, draft, cache=tmp_path / "costs.json")
+    assert not (tmp_path / "costs.json").exists()

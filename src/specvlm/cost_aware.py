@@ -14,12 +14,13 @@ import heapq
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ from specvlm.targets.base import Target
 from specvlm.tree import BUCKETS, Plan, tree_from_lists
 
 _PROMPT, _REPEATS, _DEPTH = 64, 15, 4
-_PRIOR_TRIALS = 2.0
+_PRIOR_TRIALS = 1.0
 _PRIORS = 0.9, 0.3  # that a best child is drawn, or a later one that has its turn: or no draft would ever be tried
 _MEMORY = 0.99  # of a trial when the next one comes
+_SHALLOW = 2  # levels of the first trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,12 @@ class Costs:
             raise ValueError(f"verify: expected times for two or more of {BUCKETS}, 1 included, got {set(self.verify)}")
         if not all(math.isfinite(time) and time > 0 for time in (*self.verify.values(), self.level)):
             raise ValueError(f"costs: expected finite times above 0, got {dict(self.verify)} and {self.level}")
+
+    @property
+    def plausible(self) -> bool:
+        """Whether no tree takes much less time than a smaller one, as none does on a machine that is left alone."""
+        times = [self.verify[nodes] for nodes in sorted(self.verify)]
+        return all(later > 0.8 * max(times[:place]) for place, later in enumerate(times[1:], start=1))
 
     def seconds(self, nodes: int, depth: int) -> float:
         """A round with a tree of a bucket of `nodes`, grown over `depth` levels."""
@@ -119,10 +127,14 @@ class Rates:
         return found + [found[-1]] * (nodes + 1 - len(found))
 
 
-def best_shape(costs: Costs, rates: Rates) -> tuple[int, int]:
-    """The bucket of nodes and the depth of the most tokens a second; (1, 0): no draft. Ties go to the smaller."""
+def best_shape(costs: Costs, rates: Rates, depths: int | None = None) -> tuple[int, int]:
+    """The bucket of nodes and the depth of the most tokens a second; (1, 0): no draft. Ties go to the smaller.
+
+    Args:
+        depths: the most; None: as many as `rates` keeps count of.
+    """
     best, best_speed = (1, 0), 1 / costs.verify[1]
-    for depth in range(1, rates.depth + 1):
+    for depth in range(1, (depths or rates.depth) + 1):
         lengths = rates.lengths(depth, max(costs.verify) - 1)
         for nodes in sorted(set(costs.verify) - {1}):
             speed = (1 + lengths[nodes - 1]) / costs.seconds(nodes, depth)
@@ -134,15 +146,16 @@ def best_shape(costs: Costs, rates: Rates) -> tuple[int, int]:
 class CostAware(TreePolicy):
     """Takes the shape of the most tokens a second, and drafts nothing where that is faster.
 
-    Now and then it looks: a tree a level deeper than decided, or of the first level where nothing was to be drafted, is
-    how it learns that more would pay again. A look that came out is followed by another where two tokens for its time
-    are a gain. What it learns serves the next answer too; one instance belongs to one draft on one target.
+    It begins with shallow trees and goes deeper as they come out, so that a useless draft is found out soon. Now and
+    then it looks: a tree a level deeper than decided, or of the first level where nothing was to be drafted, is how it
+    learns that more would pay again. A look that came out is followed by another where two tokens for its time are a
+    gain. What it learns serves the next answer too; one instance belongs to one draft on one target.
 
     Args:
         costs: of the target and the draft on this machine: `costs_of(target, draft)`.
         depth: the most levels.
         width: nodes expanded a level, and children of each.
-        review: rounds between two decisions.
+        review: rounds between two decisions; the first ones are taken every round.
         looks: the share of the time that looks which bring nothing may take.
     """
 
@@ -157,29 +170,30 @@ class CostAware(TreePolicy):
         self._review, self._looks = review, looks
         self._rounds = self._next_look = 0
         self._shape = (1, 0)
-        self._looked = 0  # how deep, in the last round
+        self._reach = min(_SHALLOW, depth)  # how deep a decision may go
+        self._grown, self._looked = 0, False  # how deep the last round's tree was, and whether it was a look
 
     def plan(self, history: History) -> Plan:
         """The shape decided at the last review, or now and then one a level deeper."""
         outcomes = history.outcomes()
         self.rates.add(outcomes)
-        if self._rounds % self._review == 0:
+        came_out = 0 < self._grown == len(outcomes) and outcomes[-1].rank is not None
+        if came_out and self._grown >= self._reach:
+            self._reach = min(2 * self._reach, self.rates.depth)
+        if self._rounds % self._review == 0 or self._rounds < 2 * self._review:
             self._decide()
         self._rounds += 1
         (nodes, depth), deeper = self._shape, self._deeper()
-        came_out = 0 < self._looked == len(outcomes) and outcomes[-1].rank is not None
-        again = came_out and depth == 0 and self.costs.seconds(*deeper) < 2 * self.costs.verify[1]
-        self._looked = 0
-        if again or self._rounds >= self._next_look:
+        again = came_out and self._looked and depth == 0 and self.costs.seconds(*deeper) < 2 * self.costs.verify[1]
+        self._looked = again or self._rounds >= self._next_look
+        if self._looked:
             self._next_look = self._rounds + self._gap()
-            nodes, self._looked = deeper
-            return Plan(nodes, self._looked, self.rates.width)
-        if nodes == 1:
-            return Plan(1, 1, self.rates.width)
-        return Plan(nodes, depth, self.rates.width)
+            nodes, depth = deeper
+        self._grown = depth
+        return Plan(nodes, depth, self.rates.width) if depth else Plan(1, 1, self.rates.width)
 
     def _decide(self) -> None:
-        before, self._shape = self._shape, best_shape(self.costs, self.rates)
+        before, self._shape = self._shape, best_shape(self.costs, self.rates, self._reach)
         if before != self._shape:
             self._next_look = self._rounds + self._gap()
 
@@ -211,7 +225,8 @@ def costs_of(
     Args:
         draft: one that grows its trees by a policy.
         width: of those trees, as `CostAware` is to have it.
-        cache: the file that keeps the costs of every pair on this machine; by default in the user's cache folder.
+        cache: the file that keeps the costs of every pair on this machine, which to delete is to measure anew; by
+            default in the user's cache folder.
         clock: seconds.
 
     Raises:
@@ -219,12 +234,15 @@ def costs_of(
     """
     if not isinstance(getattr(draft, "policy", None), TreePolicy):
         raise ValueError(f"draft: expected one that grows its trees by a policy, got {type(draft).__name__}")
+    draft.bind(target)
     path = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specvlm" / "costs.json"
     known = _read(path)
     key = _key(target, draft, width)
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # what is missing or broken is measured
         return Costs({int(n): t for n, t in known[key]["verify"].items()}, known[key]["level"])
     costs = _measured(target, draft, width, clock)
+    if not costs.plausible:  # something else had the machine: such times are not for keeping
+        return costs
     known[key] = {"verify": {str(n): t for n, t in costs.verify.items()}, "level": costs.level}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -245,10 +263,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _key(target: Target, draft: Any, width: int) -> str:
     """Names the machine, the target's sizes, the draft's and its trees'."""
     spec = target.spec
-    device = (
-        torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-    )
-    sizes = (spec.hidden_size, spec.vocab_size, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    machine = platform.node(), platform.machine(), torch.get_num_threads()
+    device = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else machine
+    text = target.model.config.text_config
+    sizes = (spec.hidden_size, text.intermediate_size, spec.vocab_size, spec.num_layers)
+    sizes += (spec.num_heads, spec.num_kv_heads, spec.head_dim)
     told = repr((device, torch.__version__, str(spec.dtype), sizes, type(draft).__name__, draft.sizes, width))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -258,7 +277,6 @@ def _measured(target: Target, draft: Any, width: int, clock: Callable[[], float]
     spec = target.spec
     ids = torch.zeros(1, _PROMPT, dtype=torch.int64, device=spec.device) + _text_id(spec.media_ids)
     sampling = Sampling(0.0, 0, 1.0, torch.zeros(1, dtype=torch.int64, device=spec.device))
-    draft.bind(target)
     probe = copy.copy(draft)
     probe.policy = Eagle2(Plan(nodes=8, depth=_DEPTH, width=width))
 
@@ -284,7 +302,12 @@ def _measured(target: Target, draft: Any, width: int, clock: Callable[[], float]
             propose.append(seconds(partial(session.propose, state)))
     finally:
         state.close()
-    return Costs({n: median(times[1:]) for n, times in verify.items()}, median(propose[1:]) / _DEPTH)
+    # What the machine can do: whatever else it does meanwhile only adds to it.
+    return Costs({n: _lower_quartile(times[1:]) for n, times in verify.items()}, _lower_quartile(propose[1:]) / _DEPTH)
+
+
+def _lower_quartile(times: list[float]) -> float:
+    return quantiles(times, n=4, method="inclusive")[0]
 
 
 def _text_id(media_ids: frozenset[int]) -> int:

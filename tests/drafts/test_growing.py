@@ -1,9 +1,15 @@
-"""What drafts that grow trees share: steps that were not read yet."""
+"""What drafts that grow trees share: steps that were not read yet, and what policies are told of rounds."""
 
+import pytest
 import torch
 
+from specvlm import SpecVLM
+from specvlm.drafts import VLMDraft
 from specvlm.drafts.growing import merged
+from specvlm.policies import Eagle2, OptTree, Sage
 from specvlm.state import Step
+from specvlm.tree import Plan
+from tests.fakes import prompt_for, tiny_llava
 
 
 def step(first: int, width: int, count: int) -> Step:
@@ -19,3 +25,29 @@ def test_runs_of_single_tokens_become_one_step_and_others_stand_alone():
     assert [one.count.tolist() for one in found] == [[2], [2], [3], [1]]
     assert all(torch.equal(one.features[..., 0], one.tokens.float()) for one in found)
     assert {one.count.dtype for one in found} == {torch.int32}
+
+
+@pytest.mark.parametrize("policy", [Sage, OptTree])
+def test_policies_learn_what_the_rounds_before_told(policy, monkeypatch):
+    specvlm = SpecVLM(tiny_llava())
+    plans, plan = [], policy.plan
+    monkeypatch.setattr(policy, "plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    draft = VLMDraft(tiny_llava(), policy())  # the target itself
+    specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=60, draft=draft)
+    assert len({(made.depth, made.width) for made in plans}) > 1
+
+
+def test_a_round_without_a_tree_tells_nothing():
+    specvlm = SpecVLM(tiny_llava())
+    told = []
+
+    class Resting(Eagle2):
+        looks_back = True
+
+        def plan(self, history):
+            told.append(history.outcomes())
+            return Plan(1, 1, 1) if len(told) % 2 else Plan(8, 3, 2)
+
+    specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=40, draft=VLMDraft(tiny_llava(), Resting()))
+    assert all(told[2::2])
+    assert not any(told[1::2])
