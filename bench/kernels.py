@@ -19,7 +19,17 @@ import torch.nn.functional as F
 import triton
 
 from bench.machine import machine
-from specvlm_kernels import accept, compact_kv, draft_topk, draw, pack_ancestors, reference, tree_attention
+from specvlm_kernels import (
+    accept,
+    compact_kv,
+    draft_topk,
+    draw,
+    pack_ancestors,
+    reference,
+    soft_cross_entropy,
+    total_variation,
+    tree_attention,
+)
 from specvlm_kernels.reference.acceptance import perturbed
 
 #: What a measurement walks through before it comes back: several times any L2 cache. One node's logits (64 KB) stay
@@ -35,6 +45,9 @@ MODELS = {"7B": (32, 32), "13B": (40, 40), "GQA 32/8": (32, 8)}  # query heads, 
 CONTEXTS = (600, 2048, 8192)
 NODES = (1, 64)
 VOCABULARY = 32064
+
+#: Rows that a training step's answers come to, and the vocabularies of LLaVA-1.5 and Qwen2.5-VL-7B.
+TAUGHT, TAUGHT_VOCABULARIES = 2048, (32064, 152064)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +248,46 @@ def bench_draft_topk(nodes: int, k: int, temperature: float) -> Result:
     )
 
 
+def plain_cross_entropy(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    p = teacher_logits.float().softmax(-1)
+    return -(p * logits.float().log_softmax(-1)).sum(-1)
+
+
+def plain_variation(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    return (logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().sum(-1)
+
+
+def bench_loss(
+    name: str, loss: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], vocabulary: int
+) -> Result:
+    """A step's loss, forward and backward."""
+    turns = math.ceil(ROTATION_BYTES / (4 * TAUGHT * vocabulary))
+    shape = (turns, TAUGHT, vocabulary)
+    logits = [x.mul_(3).requires_grad_() for x in torch.randn(shape, device="cuda", dtype=torch.bfloat16)]
+    teachers = 3 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def step(loss: Callable[..., torch.Tensor], turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = loss(logits[turn], teachers[turn])
+        return found.detach(), torch.autograd.grad(found.sum(), logits[turn])[0]
+
+    rows = slice(0, 64)  # in fp64
+    z = logits[0][rows].detach().double().requires_grad_()
+    exact = getattr(reference, name)(z, teachers[0][rows].double())
+    exact = (exact.detach(), torch.autograd.grad(exact.sum(), z)[0])
+    for got, usual, true in zip(step(loss, 0), step(plain, 0), exact, strict=True):
+        error, usual_error = (got[rows] - true).abs().max(), (usual[rows] - true).abs().max()
+        floor = 4 * torch.finfo(got.dtype).eps * true.abs().max()
+        require(bool(error <= 2 * usual_error + floor), f"{name} is off by {error}")
+    return Result(
+        f"{name}, forward and backward",
+        f"{TAUGHT} rows, V {vocabulary}",
+        2 * (2 + 2 + 1) * TAUGHT * vocabulary,  # both read twice, the gradient written
+        timed(lambda turn: step(loss, turn), turns),
+        timed(lambda turn: step(plain, turn), turns),
+        "torch",
+    )
+
+
 def require(fits: bool, message: str) -> None:
     """Ends the benchmark where an op is wrong: the time of a wrong answer is of no use."""
     if not fits:
@@ -283,6 +336,9 @@ def measurements() -> Iterator[Result]:
             yield from bench_draws(nodes, *settings)
     for temperature in (0.0, 1.0):
         yield bench_draft_topk(8, 8, temperature)
+    for vocabulary in TAUGHT_VOCABULARIES:
+        yield bench_loss("soft_cross_entropy", soft_cross_entropy, plain_cross_entropy, vocabulary)
+        yield bench_loss("total_variation", total_variation, plain_variation, vocabulary)
 
 
 if __name__ == "__main__":

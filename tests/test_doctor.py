@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import specvlm_kernels
-from specvlm.doctor import CASES, PACKAGES, Finding, _tensors, check_kernels, diagnose
+from specvlm.doctor import CASES, PACKAGES, TOLERANCE, Finding, _tensors, check_kernels, diagnose
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,21 @@ def test_a_kernel_that_does_nothing_is_found(monkeypatch, case):
     found = finding(case.op)
     assert found.error > 0.1
     assert found.problem.startswith("expected at most 0.0001")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [0, 2])
+@pytest.mark.parametrize("op", [case.op for case in CASES if case.learned])
+def test_a_wrong_gradient_is_found(monkeypatch, op, factor, dtype):
+    right = getattr(specvlm_kernels, op)
+
+    def wrong(**arguments):
+        loss = right(**arguments)
+        return factor * loss + (1 - factor) * loss.detach()
+
+    monkeypatch.setattr(specvlm_kernels, op, wrong)
+    found = next(found for found in check_kernels(CPU, dtype) if found.op == op)
+    assert found.problem.startswith(f"expected at most {TOLERANCE[dtype]:g} from the reference")
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,13 @@ class Case:
         op: its name in `specvlm_kernels`.
         arguments: makes the arguments, the same ones each time, on the CPU, floats in the dtype given.
         changed: arguments that the op changes in place.
+        learned: arguments whose gradient the op gives; that of the result's sum is compared too.
     """
 
     op: str
     arguments: Callable[[torch.dtype], Arguments]
     changed: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,20 @@ def _check(case: Case, device: torch.device, dtype: torch.dtype) -> Finding:
 
 
 def _run(module: Any, case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What the op of `module` returns and what it changed, as a flat list."""
+    """What the op of `module` returns, what it changed and the gradients it gives, as a flat list."""
     arguments = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.arguments(dtype).items()
     }
-    returned = getattr(module, case.op)(**arguments)
-    return [*_tensors(returned), *(arguments[name] for name in case.changed)]
+    learned = [arguments[name].requires_grad_() for name in case.learned]
+    returned = _tensors(getattr(module, case.op)(**arguments))
+    changed = [arguments[name] for name in case.changed]
+    return [*(tensor.detach() for tensor in returned), *changed, *_gradients(returned, learned)]
+
+
+def _gradients(returned: list[Tensor], learned: list[Tensor]) -> list[Tensor]:
+    """Of the sum of what an op returned; 0 where it gives none."""
+    sums = [tensor.sum() for tensor in returned if tensor.requires_grad]
+    return list(torch.autograd.grad(sums, learned)) if sums else [torch.zeros_like(tensor) for tensor in learned]
 
 
 def _tensors(returned: Any) -> list[Tensor]:
@@ -213,6 +223,14 @@ def _compact_arguments(dtype: torch.dtype) -> Arguments:
     }
 
 
+def _loss_arguments(dtype: torch.dtype) -> Arguments:
+    """Sharp enough that a bf16 gradient stands out."""
+    return {
+        "logits": 4 * _randn(20, 1003, dtype=dtype),
+        "teacher_logits": 4 * _randn(20, 1003, dtype=dtype, seed=1),
+    }
+
+
 CASES: Final = (
     Case("pack_ancestors", lambda dtype: {"parents": _PARENTS}),
     Case("tree_attention", _attention_arguments),
@@ -225,6 +243,8 @@ CASES: Final = (
         "draft_topk",
         lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "k": 10, "positions": _POSITIONS} | _SAMPLING,
     ),
+    Case("soft_cross_entropy", _loss_arguments, learned=("logits",)),
+    Case("total_variation", _loss_arguments, learned=("logits",)),
     Case("write_kv", _write_arguments, changed=("k_cache", "v_cache")),
     Case("compact_kv", _compact_arguments, changed=("cache",)),
 )

@@ -5,6 +5,7 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 """
 
 from .acceptance import Accepted, accept, draw
+from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
 from .tree_attention import pack_ancestors, tree_attention
@@ -16,6 +17,8 @@ __all__ = [
     "draft_topk",
     "draw",
     "pack_ancestors",
+    "soft_cross_entropy",
+    "total_variation",
     "tree_attention",
     "write_kv",
 ]

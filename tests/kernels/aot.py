@@ -25,6 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
 from specvlm_kernels.noise import launch_noise
@@ -58,7 +59,7 @@ MODELS = (
     Shape("LLaVA-1.5-13B", 40, 40, 40, 32064),
     Shape("GQA 32/8", 32, 8, 32, 128256),
 )
-CAPACITY, NODES = 1024, 64
+CAPACITY, NODES, TAUGHT = 1024, 64, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +137,32 @@ def draft_cases(model: Shape) -> Iterator[Case]:
     yield Case(f"draft_topk sampled {model.name}", lambda: launch_draft_topk(logits, 8, positions, 1.0, seed, exclude))
 
 
+def loss_cases(name: str, logits: torch.Tensor, teacher_logits: torch.Tensor) -> Iterator[Case]:
+    """Both losses of a draft's distributions, forward and backward."""
+    grad = meta(len(logits), dtype=torch.float32)
+    for loss, kernels in (("soft_cross_entropy", SOFT_CROSS_ENTROPY), ("total_variation", TOTAL_VARIATION)):
+
+        def both(kernels: LossKernels = kernels) -> None:
+            _, kept = launch_loss(kernels, logits, teacher_logits)
+            launch_grad(kernels, grad, logits, teacher_logits, kept)
+
+        yield Case(f"{loss} {name}", both)
+
+
 def shared_cases() -> Iterator[Case]:
-    """What sees nothing of a model."""
+    """What sees nothing of a model, or its vocabulary alone."""
     parents, positions = meta(1, NODES, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
     seed = meta(1, dtype=torch.int64)
     yield Case("pack_ancestors", lambda: launch_pack_ancestors(parents))
     for name, dtype in (("race_noise", torch.float32), ("philox_integers", torch.int64)):
         out = meta(1, NODES, 32064, dtype=dtype)
         yield Case(name, lambda out=out: launch_noise(positions, seed, out, 0, 0))
+    for vocabulary in (32000, 152064):
+        yield from loss_cases(f"V {vocabulary}", meta(TAUGHT, vocabulary), meta(TAUGHT, vocabulary))
 
 
 def other_cases() -> Iterator[Case]:
-    """What the models' cases leave out: other dtypes, a slab of one split, the largest tree, settings by row."""
+    """What the cases above leave out: other dtypes, a slab of one split, the largest tree, settings by row, strides."""
     model = MODELS[0]
     yield attention_case("tree_attention fp32", model, torch.float32)
     yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
@@ -159,6 +174,8 @@ def other_cases() -> Iterator[Case]:
     yield Case(
         "draft_topk by row, nothing excluded", lambda: launch_draft_topk(logits, 8, positions, temperature, seed, None)
     )
+    turned = meta(8193, TAUGHT, dtype=torch.float16).T
+    yield from loss_cases("fp32, teacher fp16 and turned, V 8193", meta(TAUGHT, 8193, dtype=torch.float32), turned)
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.

@@ -1,8 +1,15 @@
 """The losses: their gradients, their value on cases that can be worked out by hand."""
 
+import itertools
+import math
+
+import pytest
 import torch
 
-from specvlm.training import distillation_losses
+from specvlm.training import distillation_losses, logit_losses
+from specvlm.training.losses import ranking_loss
+
+INF = math.inf
 
 
 def test_gradients_in_float64():
@@ -43,3 +50,93 @@ def test_worked_out_by_hand():
 def test_no_row_at_all():
     found = distillation_losses(*torch.randn(2, 3, 4), *torch.randn(2, 3, 4), torch.zeros(3, dtype=torch.bool))
     assert (found.cross_entropy, found.feature, found.agreement) == (0, 0, 0)
+
+
+def test_the_cross_entropy_takes_a_reduced_vocabulary():
+    """Once 0 * -inf made the loss NaN."""
+    teacher = torch.tensor([[1.0, -INF, 0.0]])
+    draft = torch.tensor([[0.0, -INF, 0.0]], requires_grad=True)
+    found = logit_losses(draft, teacher)
+    found.cross_entropy.backward()
+    assert math.isclose(found.cross_entropy.detach(), math.log(2), rel_tol=1e-6)
+    torch.testing.assert_close(draft.grad, torch.tensor([[0.5, 0, 0.5]]) - teacher.softmax(-1))
+
+
+def test_only_the_draft_learns_from_logits():
+    logits, teacher_logits = torch.randn(2, 3, 7).requires_grad_().unbind()
+    teacher_logits.retain_grad()
+    losses = logit_losses(logits, teacher_logits)
+    (losses.cross_entropy + losses.feature + ranking_loss(logits, teacher_logits, 3).sum()).backward()
+    assert teacher_logits.grad is None
+    assert not losses.agreement.requires_grad
+
+
+def test_ranking_gradients_in_float64():
+    logits, teacher_logits = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    teacher_logits[1, :7] = -INF
+    for k in (1, 2, 5, 9):
+        assert torch.autograd.gradcheck(ranking_loss, (logits.requires_grad_(), teacher_logits, k))
+
+
+def test_ranking_is_the_probability_of_an_order():
+    """Over all the orders that a teacher may have, the probabilities that the losses stand for sum to 1."""
+    draft = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+    probabilities = []
+    for order in itertools.permutations(range(4)):
+        teacher = torch.full((5,), -9.0)
+        teacher[list(order)] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        loss = float(ranking_loss(draft[None], teacher[None], 4))
+        weights = draft[list(order)].exp().tolist()
+        assert math.isclose(math.exp(-loss), math.prod(weights[i] / sum(weights[i:]) for i in range(4)), rel_tol=1e-5)
+        probabilities.append(math.exp(-loss))
+    assert math.isclose(sum(probabilities), 1, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("draft", "teacher", "k", "loss"),
+    [
+        ([0.0, 0.0, 0.0], [3.0, 2.0, 1.0], 3, math.log(3) + math.log(2)),
+        ([0.0, 0.0, 7.0], [3.0, 2.0, 1.0], 2, math.log(2)),  # the rest does not matter
+        ([5.0, 0.0, 7.0], [3.0, 2.0, 1.0], 1, 0.0),
+        ([0.0, 0.0, 9.0], [3.0, 2.0, -INF], 3, math.log(2)),  # what the teacher lacks does not count
+        ([0.0, 0.0, -INF], [3.0, 2.0, -INF], 3, math.log(2)),
+        ([-INF, -INF, -INF], [3.0, -INF, -INF], 2, INF),
+        ([0.0, 0.0, -INF], [3.0, 2.0, 1.0], 3, INF),
+        ([-INF, 0.0, 0.0], [3.0, 2.0, 1.0], 2, INF),
+        ([0.0, 500.0, 0.0], [3.0, 2.0, 1.0], 2, 500.0),
+    ],
+)
+def test_ranking_worked_out_by_hand(draft, teacher, k, loss):
+    logits = torch.tensor([draft, [0.0, 0.0, 0.0]], requires_grad=True)
+    found = ranking_loss(logits, torch.tensor([teacher, [1.0, 2.0, 3.0]]), k)
+    torch.testing.assert_close(found[0].detach(), torch.tensor(loss))
+    found.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1].any() == (k > 1)
+
+
+def test_ranking_keeps_the_dtype_and_takes_no_rows():
+    for dtype, wide in (
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        logits = torch.zeros(2, 5, dtype=dtype, requires_grad=True)
+        loss = ranking_loss(logits, torch.randn(2, 5), 3)
+        loss.sum().backward()
+        assert (loss.dtype, logits.grad.dtype) == (wide, dtype)
+    assert ranking_loss(torch.zeros(0, 5), torch.zeros(0, 5), 3).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("k", "vocabulary", "error", "message"),
+    [
+        (0, 5, ValueError, "^k: expected an integer from 1 to 5, got 0"),
+        (6, 5, ValueError, "^k: expected an integer from 1 to 5, got 6"),
+        (2.0, 5, TypeError, "^k: expected an integer, got 2.0"),
+        (2, 4, ValueError, r"^teacher_logits: expected shape \[2, 5\], got \[2, 4\]"),
+    ],
+)
+def test_ranking_refuses(k, vocabulary, error, message):
+    with pytest.raises(error, match=message):
+        ranking_loss(torch.zeros(2, 5), torch.zeros(2, vocabulary), k)

@@ -4,6 +4,7 @@ What the kernels are tested against, and what serves on CPU. They compute in max
 """
 
 from .acceptance import Accepted, accept, draw
+from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
 from .tree_attention import pack_ancestors, tree_attention
@@ -15,6 +16,8 @@ __all__ = [
     "draft_topk",
     "draw",
     "pack_ancestors",
+    "soft_cross_entropy",
+    "total_variation",
     "tree_attention",
     "write_kv",
 ]
