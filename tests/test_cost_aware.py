@@ -244,12 +244,12 @@ def test_a_draft_that_is_right_is_followed_deeper_and_one_that_is_not_is_left_al
         specvlm.generate(**prompt, temperature=temperature, draft=VLMDraft(tiny_llava(), right))
         assert right.rates.rate(1, 0) > 0.95
         assert best_shape(cheap, right.rates)[1] == right.plan(Told()).depth == 8
-        torch.manual_seed(2)
-        wrong = CostAware(TYPICAL)
-        head = EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=64))
-        specvlm.generate(**prompt, temperature=temperature, draft=EagleDraft(head, wrong))
-        assert wrong.rates.rate(1, 0) < Rates(8, 4).rate(1, 0) / 2
-        assert best_shape(TYPICAL, wrong.rates) == (1, 0)
+    torch.manual_seed(2)
+    wrong = CostAware(TYPICAL)
+    head = EagleHead(EagleConfig.for_target(specvlm.target.spec, intermediate_size=64))
+    specvlm.generate(**prompt, draft=EagleDraft(head, wrong))
+    assert wrong.rates.rate(1, 0) < Rates(8, 4).rate(1, 0) / 2
+    assert best_shape(TYPICAL, wrong.rates) == (1, 0)
 
 
 def test_a_draft_that_was_measured_can_still_learn(tmp_path):

@@ -121,8 +121,7 @@ def straight_line(ids: list[int]) -> StraightLine:
     return line
 
 
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("compressor", CONFIGS, ids=str)
+@pytest.mark.parametrize(("compressor", "images"), zip(CONFIGS, (1, 2, 1, 2), strict=True), ids=str)
 @torch.no_grad()
 def test_draft_logits_follow_the_formula_at_every_level(specvlm, compressor, images, monkeypatch):
     plan = Plan(nodes=12, depth=3, width=2)
@@ -144,7 +143,7 @@ def test_draft_logits_follow_the_formula_at_every_level(specvlm, compressor, ima
 @pytest.mark.parametrize("compressor", CONFIGS, ids=str)
 @pytest.mark.parametrize("images", [0, 2])
 def test_answers_are_equal_whatever_the_draft_sees(specvlm, make, compressor, images):
-    prompt = prompt_for(specvlm.target.model, images) | {"max_new_tokens": 40, "seed": 3}
+    prompt = prompt_for(specvlm.target.model, images) | {"max_new_tokens": 24, "seed": 3}
     for temperature in (0.0, 1.0):
         expected = specvlm.generate(**prompt, temperature=temperature).tokens
         drafted = specvlm.generate(**prompt, temperature=temperature, draft=make(specvlm, compressor))
@@ -262,7 +261,7 @@ def test_a_head_comes_back_with_its_compressor(specvlm, compressor, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "magic"}, "compressor: expected a kind of text_only, decoupled, vispec, got 'magic'"),
+        ({"kind": "magic"}, "compressor: expected a kind of text_only, decoupled, vispec, .*, got 'magic'"),
         ("vispec", "compressor: expected a kind of .*, got 'vispec'"),
         ({"kind": "vispec", "ratio": 3}, "compressor: expected settings of vispec, got ratio"),
         ({"kind": "vispec", "queries": 1}, "queries: expected an integer >= 2, got 1"),
