@@ -14,6 +14,7 @@ from specvlm.drafts import (
     EagleConfig,
     EagleDraft,
     EagleHead,
+    JoinedDraft,
     NGramDraft,
     VLMDraft,
 )
@@ -46,6 +47,7 @@ def drafts(answer: list[int], target: HFTarget) -> dict[str, Draft]:
     return {
         "eagle": EagleDraft(EagleHead(EagleConfig.for_target(spec, intermediate_size=64))),
         "eagle, few tokens": EagleDraft(EagleHead(EagleConfig.for_target(spec, 64))).with_vocabulary(range(5, 160)),
+        "eagle with the n-gram": JoinedDraft(EagleDraft(EagleHead(EagleConfig.for_target(spec, 64)))),
         "eagle3": eagle3(spec),
         "vlm": VLMDraft(small),
         "ngram": NGramDraft(),
