@@ -17,6 +17,7 @@ from specvlm.drafts import (
     EagleConfig,
     EagleDraft,
     EagleHead,
+    JoinedDraft,
     NGramDraft,
     VLMDraft,
 )
@@ -52,6 +53,7 @@ def drafts(answer: list[int], target: HFTarget) -> dict[str, Draft]:
         "eagle, ViSpec": EagleDraft(
             EagleHead(replace(EagleConfig.for_target(spec, 64), compressor=ViSpecConfig(heads=4)))
         ),
+        "eagle with the n-gram": JoinedDraft(EagleDraft(EagleHead(EagleConfig.for_target(spec, 64)))),
         "eagle3": eagle3(spec),
         "vlm": VLMDraft(small),
         "ngram": NGramDraft(),

@@ -10,7 +10,17 @@ import torch
 from specvlm import SpecVLM
 from specvlm.compressors import TextOnlyConfig, ViSpecConfig
 from specvlm.cost_aware import CostAware, Costs
-from specvlm.drafts import Draft, Eagle3Config, Eagle3Draft, Eagle3Head, EagleConfig, EagleDraft, EagleHead, VLMDraft
+from specvlm.drafts import (
+    Draft,
+    Eagle3Config,
+    Eagle3Draft,
+    Eagle3Head,
+    EagleConfig,
+    EagleDraft,
+    EagleHead,
+    JoinedDraft,
+    VLMDraft,
+)
 from specvlm.policies import Confidence, Eagle2, FixedShape, OptTree, Sage, TreePolicy
 from specvlm.targets.hf import HFTarget
 from specvlm.tree import BUCKETS, Plan
@@ -59,6 +69,10 @@ def eagle3(target: HFTarget, policy: TreePolicy) -> Draft:
     return Eagle3Draft(head, policy)
 
 
+def with_ngram(target: HFTarget, policy: TreePolicy) -> Draft:
+    return JoinedDraft(eagle3(target, policy))
+
+
 def vlm(target: HFTarget, policy: TreePolicy) -> Draft:
     family = target.model.config.model_type
     return VLMDraft(tiny_llava(family, num_hidden_layers=1, seed=5), policy)
@@ -75,6 +89,7 @@ DRAFTS = {
     "eagle, ViSpec": vispec,
     "eagle, text only": text_only,
     "eagle3": eagle3,
+    "eagle3 with the n-gram": with_ngram,
     "vlm": vlm,
     "vlm of text alone": language_model,
 }

@@ -69,7 +69,7 @@ class ModelChoice:
     target: str = field(metadata={"help": "Folder or hub id of a LLaVA in transformers' format, or demo."})
     draft: str | None = field(
         default=None,
-        metadata={"help": "ngram, demo, demo-vlm, a folder or a hub id; by default the target's own."},
+        metadata={"help": "ngram, demo, demo-ngram, demo-vlm, a folder or a hub id; by default the target's own."},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "float32, float16 or bfloat16; by default bfloat16 on a GPU, else float32."}

@@ -8,7 +8,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -126,7 +125,7 @@ class TreePolicy(ABC):
     __slots__ = ()
 
     #: Whether `plan` reads what past rounds told; if not, no tree is copied to the host.
-    looks_back: ClassVar[bool] = True
+    looks_back: bool = True
 
     @abstractmethod
     def plan(self, history: History) -> Plan:
@@ -212,6 +211,9 @@ class FixedShape(TreePolicy):
         kept = candidates.scores.clone()
         for level, width in enumerate(self.widths, start=1):
             where = candidates.level(level)
+            if level > 1:  # what is left out takes its children with it
+                above = kept.gather(1, candidates.parents[:, where])
+                kept[:, where] = kept[:, where].masked_fill(above == -torch.inf, -torch.inf)
             order = kept[:, where].sort(dim=1, descending=True, stable=True).indices
             kept[:, where] = kept[:, where].scatter(1, order[:, width:], -torch.inf)
         return rerank(replace(candidates, scores=kept), plan)

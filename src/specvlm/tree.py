@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specvlm.checks import check_int
 from specvlm_kernels import pack_ancestors
@@ -267,6 +268,54 @@ def rerank(candidates: Candidates, plan: Plan) -> DraftTree:
         scores=_padded(0.0, scores, unused, -torch.inf),
         max_depth=min(plan.depth, max(nodes - 1, 0)),
     )
+
+
+def joined(candidates: Candidates, tokens: Tensor, scores: Tensor) -> Candidates:
+    """Candidates and a chain below the root as one set, one candidate a level larger.
+
+    A node of the chain that is a candidate already raises that one's score to its own, if its own is higher; any other
+    stands behind the candidates of its depth, so that of equals those go first. Nothing waits for the device.
+
+    Args:
+        tokens: [B, D] int64, the chain's, a level of the candidates each.
+        scores: [B, D] fp32 cumulative log-probability, nowhere rising; -inf where the chain has ended.
+    """
+    batch, count = candidates.tokens.shape
+    depth = len(candidates.sizes)
+    level = candidates.depths.long() - 1  # [C]
+    order, place = _chain_layout(candidates.sizes, tokens.device)
+    # A candidate is the chain's if its token is, and its ancestors' are: every turn sees twice as far up to the root,
+    # which is row 0.
+    same = (candidates.tokens == tokens[:, level]) & (candidates.scores > -torch.inf)
+    on_chain, up = pad(same, (1, 0), value=True), pad(candidates.parents + 1, (1, 0))
+    for _ in range((depth - 1).bit_length()):
+        on_chain, up = on_chain & on_chain.gather(1, up), up.gather(1, up)
+    on_chain = on_chain[:, 1:]
+    # Where the chain's nodes stand [B, D]: at a candidate or at their own place. The last column takes all the rest.
+    own = place[count:].expand(batch, -1)
+    stands = pad(own, (0, 1)).scatter(1, torch.where(on_chain, level, depth), place[:count].expand(batch, -1))[:, :-1]
+    raised = candidates.scores.maximum(scores[:, level])
+    new_tokens = torch.cat([candidates.tokens, tokens], dim=1)
+    new_parents = torch.cat([(candidates.parents + level - 1).clamp(min=-1), pad(stands[:, :-1], (1, 0), value=-1)], 1)
+    new_scores = torch.cat(
+        [torch.where(on_chain, raised, candidates.scores), scores.masked_fill(stands != own, -torch.inf)], dim=1
+    )
+    return Candidates(
+        root=candidates.root,
+        tokens=new_tokens[:, order],
+        parents=new_parents[:, order],
+        scores=new_scores[:, order],
+        sizes=tuple(size + 1 for size in candidates.sizes),
+    )
+
+
+@lru_cache(maxsize=64)
+def _chain_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """How candidates of these sizes and a chain behind them, C + D in all, are put in the order of depth, and where
+    each of them then stands."""
+    depths = torch.cat([_level_depths(sizes, torch.device("cpu")), torch.arange(1, len(sizes) + 1)])
+    order = depths.sort(stable=True).indices
+    return order.to(device), order.argsort().to(device)
 
 
 def _padded(first: Tensor | float, rows: Tensor, unused: int, filler: Tensor | float) -> Tensor:

@@ -8,13 +8,15 @@ from specvlm.demo import HEAD_DIR, SMALL_DIR
 from specvlm.drafts.base import Draft, DraftSession, NoDraft
 from specvlm.drafts.eagle import EagleConfig, EagleDraft, EagleHead
 from specvlm.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Head
+from specvlm.drafts.joined import JoinedDraft
 from specvlm.drafts.ngram import NGramDraft, NGramSession
 from specvlm.drafts.vlm import MODEL_TYPES, VLMDraft
 
-#: Drafts by name: one without weights, and the head and the small model of the one that ships.
+#: Drafts by name: one without weights, the head of the one that ships, both together, and its small model.
 BY_NAME: dict[str, Callable[[], Draft]] = {
     "ngram": NGramDraft,
     "demo": lambda: EagleDraft.from_pretrained(HEAD_DIR),
+    "demo-ngram": lambda: JoinedDraft(EagleDraft.from_pretrained(HEAD_DIR)),
     "demo-vlm": lambda: VLMDraft.from_pretrained(SMALL_DIR),
 }
 #: Readers of a draft's folder, by its config's "draft_type".
@@ -34,6 +36,7 @@ __all__ = [
     "EagleConfig",
     "EagleDraft",
     "EagleHead",
+    "JoinedDraft",
     "NGramDraft",
     "NGramSession",
     "NoDraft",
@@ -45,7 +48,8 @@ __all__ = [
 def load_draft(draft: str | Path) -> Draft:
     """A draft by name, from a folder, or from a hub id, in that order.
 
-    Names are "ngram", "demo" and "demo-vlm", the shipped model's EAGLE head and its small model.
+    Names are "ngram", "demo", the shipped model's EAGLE head, "demo-ngram", both together, and "demo-vlm", its small
+    model.
 
     A folder holds a draft of ours, which its config.json's "draft_type" names, or a small model of transformers'.
 
