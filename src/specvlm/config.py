@@ -142,6 +142,12 @@ class TrainConfig:
     vocabulary: str | None = field(
         default=None, metadata={"help": "A file of specvlm vocab: the head proposes these tokens alone."}
     )
+    compressor: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a head reads of a picture: text_only, decoupled, vispec, or a JSON object of settings."
+        },
+    )
     intermediate_size: int | None = field(
         default=None, metadata={"help": "Width inside the head's MLP; by default the target's."}
     )

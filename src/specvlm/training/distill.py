@@ -260,15 +260,19 @@ def _schedule(step: int, config: DistillConfig) -> float:
 
 
 def _identity(target: HFTarget, draft: Any, config: DistillConfig) -> dict[str, Any]:
-    """What makes a run this one: its settings, the draft's sizes, and the target, told by its own and by sums over its
-    output head."""
-    spec = target.spec
-    rows = torch.arange(min(64, spec.vocab_size), device=spec.device)
-    told = target.head_rows(rows).detach().double()
-    names = ("hidden_size", "vocab_size", "num_layers", "num_heads", "context")
+    """What makes a run this one."""
     return {
         "config": asdict(config),
         "draft": {"kind": type(draft).__name__, **draft.sizes},
-        "target": {name: getattr(spec, name) for name in names}
-        | {"dtype": str(spec.dtype), "head": [float(told.sum()), float(told.norm())]},
+        "target": target_identity(target),
     }
+
+
+def target_identity(target: HFTarget) -> dict[str, Any]:
+    """What tells a target from others: its sizes, and sums over its output head."""
+    spec = target.spec
+    rows = torch.arange(min(64, spec.vocab_size), device=spec.device)
+    head = target.head_rows(rows).detach().double()
+    names = ("hidden_size", "vocab_size", "num_layers", "num_heads", "context")
+    sizes = {name: getattr(spec, name) for name in names}
+    return sizes | {"dtype": str(spec.dtype), "head": [float(head.sum()), float(head.norm())]}
