@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specvlm import SpecVLM, load
 from specvlm.demo.data import Encoder as DemoEncoder
-from specvlm.training.data import Batches, fingerprint, split, survey
+from specvlm.training.data import Batches, PictureCache, fingerprint, split, survey
 from specvlm.training.encoding import Encoder
 from specvlm.training.records import Example, Stored, Turn
 from tests.fakes import IMAGE_SIDE, picture, tiny_llava, tiny_processor
@@ -52,8 +52,8 @@ def example(folder: Path, *turns: Turn, id_: str = "a", **changes: object) -> Ex
     return replace(Example(id_, pictures, turns), **changes)
 
 
-def sizes(one: Example) -> list[tuple[int, int]]:
-    return [stored.picture_size() for stored in one.pictures]
+def rows(one: Example, encoder: Encoder) -> list[int]:
+    return [encoder.rows_of(stored) for stored in one.pictures]
 
 
 def runs(answers: Tensor) -> list[list[int]]:
@@ -74,7 +74,7 @@ def test_prompts_are_those_of_decoding_and_answers_end(folder, template):
     model = SpecVLM(tiny_llava(), processor=processor)
     encoder, tokenizer = Encoder(processor, model.target), processor.tokenizer
     one = example(folder, Turn("what is it", "a red circle", 2), Turn("is it red", "it is", 1))
-    encoded = encoder.sequence(one, sizes(one))
+    encoded = encoder.sequence(one, rows(one, encoder))
     pictures = [stored.picture() for stored in one.pictures]
     prompt = model.prepare(pictures[:2], "what is it")
     first, second = runs(encoded.answers)
@@ -90,7 +90,7 @@ def test_prompts_are_those_of_decoding_and_answers_end(folder, template):
     assert again["input_ids"][0].tolist() == encoded.ids[: second[0]].tolist()
     assert len(again["pixel_values"]) == 3
     assert len(model.generate(**again, max_new_tokens=3).tokens) == 3
-    cut = encoder.sequence(replace(one, turns=(replace(one.turns[0], ended=False), one.turns[1])), sizes(one))
+    cut = encoder.sequence(replace(one, turns=(replace(one.turns[0], ended=False), one.turns[1])), rows(one, encoder))
     assert cut.ids[: first[-1]].tolist() == encoded.ids[: first[-1]].tolist()
     assert not cut.answers[first[-1]]
 
@@ -100,7 +100,8 @@ def test_the_demos_own_encoder_agrees():
     said = DemoEncoder(model.processor.tokenizer)
     question, answer = said("What is there?", "A large red circle, and a star.")
     one = Example("a", (), (Turn("What is there?", "A large red circle, and a star.", 1),))
-    encoded = Encoder(model.processor, model.target).sequence(one, [(432, 432)])
+    encoder = Encoder(model.processor, model.target)
+    encoded = encoder.sequence(one, [encoder.rows((432, 432))])
     assert encoded.ids.tolist() == [*said.prefix, *question, *answer]
     assert runs(encoded.answers) == [list(range(len(said.prefix) + len(question), len(encoded.ids)))]
 
@@ -109,7 +110,7 @@ def test_pictures_of_a_llava_next_have_rows_by_their_shape(folder):
     processor = load_next_processor()
     model = SpecVLM(tiny_llava("llava_next"), processor=processor)
     encoder = Encoder(processor, model.target)
-    assert not encoder.fixed_rows
+    assert len({encoder.rows(size) for size in ((30, 40), (120, 40))}) == 2
     one = example(folder, Turn("what is it", "a red circle", 3))
     found = survey([one, replace(one, id="b")], encoder)
     batch = Batches(found, encoder, size=2, per_step=1, seed=0)(0)
@@ -182,7 +183,7 @@ def test_a_batch_is_its_examples_padded_at_their_ends(folder, specvlm, encoder):
     shown = []
     for row, id_ in enumerate(batch.ids):
         one = examples[int(id_)]
-        encoded = encoder.sequence(one, sizes(one))
+        encoded = encoder.sequence(one, rows(one, encoder))
         length = len(encoded.ids)
         assert batch.inputs["input_ids"][row, :length].equal(encoded.ids)
         assert batch.answers[row, :length].equal(encoded.answers)
@@ -191,6 +192,26 @@ def test_a_batch_is_its_examples_padded_at_their_ends(folder, specvlm, encoder):
     assert torch.equal(batch.inputs["pixel_values"], encoder.pixels(shown)["pixel_values"])
     assert all(torch.equal(batch.inputs[name], again.inputs[name]) for name in batch.inputs)
     specvlm.target.teach(batch.inputs)
+
+
+def test_kept_pictures_are_looked_at_once_and_teach_the_same(folder, specvlm, encoder, monkeypatch):
+    target, found = specvlm.target, survey(many(folder), encoder)
+    looked = []
+    picture_rows = type(target).picture_rows
+    monkeypatch.setattr(type(target), "picture_rows", lambda *given: looked.append(1) or picture_rows(*given))
+    plain = Batches(found, encoder, size=4, per_step=1, seed=0)
+    a_picture = picture_rows(target, encoder.pixels([picture(0)])).nbytes
+    for budget, at_most in ((10 * a_picture, 2), (a_picture, 100), (0, 100)):
+        kept = Batches(found, encoder, size=4, per_step=1, seed=0, cache=PictureCache(target, encoder, budget))
+        looked.clear()
+        for number in range(10):
+            batch, whole = kept(number), plain(number)
+            assert ("picture_rows" in batch.inputs) == ("pixel_values" in whole.inputs)
+            (prompt, hidden), (other, expected) = target.teach(batch.inputs), target.teach(whole.inputs)
+            torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(prompt.image_mask, other.image_mask)
+        assert len(looked) <= at_most
+        assert (len(looked) > 2) == (budget < 2 * a_picture)
 
 
 def test_text_alone_makes_batches_without_pictures(folder, specvlm, encoder):

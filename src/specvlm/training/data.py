@@ -1,16 +1,20 @@
 """Batches of examples: of like length, in an order that follows from seed and epoch, pictures read when needed."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Final
 
 import torch
+from torch import Tensor
 
+from specvlm.targets.hf import HFTarget
 from specvlm.training.encoding import Encoder
 from specvlm.training.objectives import Batch
-from specvlm.training.records import Example
+from specvlm.training.records import Example, Stored
 
 #: Batches whose examples are sorted by length together.
 _SORTED: Final = 32
@@ -97,7 +101,7 @@ def survey(
     longer: list[str] = []
     truncated = 0
     for number, one in enumerate(examples, 1):
-        found = encoder.sequence(one, sizes_of(one, encoder))
+        found = encoder.sequence(one, [encoder.rows_of(stored) for stored in one.pictures])
         usable = found.within(encoder.context)
         if usable.lessons:
             kept.append(one)
@@ -116,11 +120,33 @@ def survey(
     return Survey(kept, lengths, truncated, len(examples) - len(kept))
 
 
-def sizes_of(example: Example, encoder: Encoder) -> list[tuple[int, int]]:
-    """(width, height) of an example's pictures; where these do not matter, any."""
-    if encoder.fixed_rows:
-        return [(1, 1)] * len(example.pictures)
-    return [stored.picture_size() for stored in example.pictures]
+class PictureCache:
+    """The target's rows of pictures, kept in host memory as long as there is room; the longest unused go first.
+
+    Pictures are looked at one by one, so that what is kept is the same whatever else was in a batch.
+
+    Args:
+        budget: bytes to keep.
+    """
+
+    def __init__(self, target: HFTarget, encoder: Encoder, budget: int) -> None:
+        self._target, self._encoder, self._budget = target, encoder, budget
+        self._kept: OrderedDict[tuple[Path, int], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, stored: Stored) -> Tensor:
+        """Rows [rows, H] of a picture, on the CPU."""
+        key = stored.path, stored.offset
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        rows = self._target.picture_rows(self._encoder.pixels([stored.picture()])).cpu()
+        self._kept[key] = rows
+        self._bytes += rows.nbytes
+        while self._bytes > self._budget:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= dropped.nbytes
+        return rows
 
 
 class Batches:
@@ -134,13 +160,23 @@ class Batches:
         size: examples in a batch.
         per_step: batches in a step of the optimiser.
         seed: another order for another seed.
+        cache: has the target's rows of pictures; None: the target looks at every picture of every batch.
 
     Raises:
         ValueError: there are fewer examples than a step takes.
     """
 
-    def __init__(self, found: Survey, encoder: Encoder, *, size: int, per_step: int, seed: int) -> None:
-        self._found, self._encoder = found, encoder
+    def __init__(
+        self,
+        found: Survey,
+        encoder: Encoder,
+        *,
+        size: int,
+        per_step: int,
+        seed: int,
+        cache: PictureCache | None = None,
+    ) -> None:
+        self._found, self._encoder, self._cache = found, encoder, cache
         self._size, self._seed = size, seed
         #: Steps of the optimiser in an epoch.
         self.steps_per_epoch = len(found.examples) // (size * per_step)
@@ -159,22 +195,21 @@ class Batches:
             ValueError: a picture of it is not a whole one.
         """
         examples = [self._found.examples[place] for place in self.places(number)]
-        pictures = [[stored.picture() for stored in one.pictures] for one in examples]
+        encoder = self._encoder
         rows = [
-            self._encoder.sequence(one, [picture.size for picture in shown]).within(self._encoder.context)
-            for one, shown in zip(examples, pictures, strict=True)
+            encoder.sequence(one, [encoder.rows_of(stored) for stored in one.pictures]).within(encoder.context)
+            for one in examples
         ]
         longest = max(len(row.ids) for row in rows)
-        input_ids = torch.full((len(rows), longest), self._encoder.pad)
+        input_ids = torch.full((len(rows), longest), encoder.pad)
         answers = torch.zeros(len(rows), longest, dtype=torch.bool)
         for i, row in enumerate(rows):
             input_ids[i, : len(row.ids)] = row.ids
             answers[i, : len(row.ids)] = row.answers
         shown = [
-            picture for row, theirs in zip(rows, pictures, strict=True) for picture in theirs[: len(row.picture_ends)]
+            stored for one, row in zip(examples, rows, strict=True) for stored in one.pictures[: len(row.picture_ends)]
         ]
-        inputs = {"input_ids": input_ids} | self._encoder.pixels(shown)
-        return Batch(inputs, answers, tuple(one.id for one in examples))
+        return Batch({"input_ids": input_ids} | self._pictures(shown), answers, tuple(one.id for one in examples))
 
     def places(self, number: int) -> list[int]:
         """Which examples are in the batch of that number."""
@@ -182,6 +217,12 @@ class Batches:
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._order(epoch)
         return self._epoch[1][place]
+
+    def _pictures(self, shown: Sequence[Stored]) -> dict[str, Tensor]:
+        """Pictures as the target's `teach` takes them."""
+        if self._cache is None or not shown:
+            return self._encoder.pixels([stored.picture() for stored in shown])
+        return {"picture_rows": torch.cat([self._cache(stored) for stored in shown])}
 
     def _order(self, epoch: int) -> list[list[int]]:
         rng = Random(f"{self._seed} {epoch}")

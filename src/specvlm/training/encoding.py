@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from specvlm.targets.base import Target
-from specvlm.training.records import Example, Turn
+from specvlm.training.records import Example, Stored, Turn
 
 #: Two pictures of different shapes: a target whose rows for both are as many has as many for all.
 _PROBES = ((64, 64), (150, 50))
@@ -70,24 +70,29 @@ class Encoder:
         ends = [self._tokenizer.convert_ids_to_tokens(token) for token in sorted(target.spec.eos_ids)]
         self._ends = [token for token in ([] if end is None else [end]) + ends if token]
         self.pad = self._tokenizer.pad_token_id or 0
+        #: How many tokens stand for a picture of (width, height); and for any, if the size does not matter.
         self.rows = lru_cache(maxsize=4096)(self._rows)
-        #: Whether all pictures have as many rows.
-        self.fixed_rows = len({self._rows(size) for size in _PROBES}) == 1
+        counts = {self._rows(size) for size in _PROBES}
+        self._fixed = counts.pop() if len(counts) == 1 else None
 
-    def sequence(self, example: Example, sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def sequence(self, example: Example, rows: Sequence[int]) -> Encoded:
         """The whole conversation.
 
         Args:
-            sizes: (width, height) of its pictures.
+            rows: of each of its pictures.
         """
-        return self._encode(*self._text(example, len(example.turns), ends_open=False), sizes)
+        return self._encode(*self._text(example, len(example.turns), ends_open=False), rows)
+
+    def rows_of(self, stored: Stored) -> int:
+        """How many tokens stand for a picture, of which no more is read than needs be."""
+        return self._fixed or self.rows(stored.picture_size())
 
     def question(self, example: Example, turn: int) -> dict[str, Any]:
         """What `SpecVLM.generate` takes for the answer of a turn: all that was said before, and its question."""
         text, spans = self._text(example, turn + 1, ends_open=True)
         shown = sum(one.pictures for one in example.turns[: turn + 1])
         pictures = [stored.picture() for stored in example.pictures[:shown]]
-        ids = self._encode(text, spans, [picture.size for picture in pictures]).ids[None]
+        ids = self._encode(text, spans, [self.rows(picture.size) for picture in pictures]).ids[None]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | self.pixels(pictures)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -98,12 +103,11 @@ class Encoder:
         return {name: made[name] for name in ("pixel_values", "image_sizes") if name in made}
 
     def _rows(self, size: tuple[int, int]) -> int:
-        """How many tokens stand for a picture of (width, height)."""
         blank = Image.new("RGB", size)
         ids = self._processor(images=[blank], text=self._mark, return_tensors="pt")["input_ids"]
         return int((ids == self._image).sum())
 
-    def _encode(self, text: str, spans: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def _encode(self, text: str, spans: Sequence[tuple[int, int]], rows: Sequence[int]) -> Encoded:
         bos = self._tokenizer.bos_token
         once = bos is None or not text.startswith(bos)  # some templates write it themselves
         found = self._tokenizer(text, add_special_tokens=once, return_offsets_mapping=True, verbose=False)
@@ -113,13 +117,13 @@ class Encoder:
         for start, end in spans:
             answers |= (starts < end) & (ends > start) & (ends > starts)
         pictures = ids == self._image
-        if int(pictures.sum()) != len(sizes):
+        if int(pictures.sum()) != len(rows):
             raise ValueError(
-                f"data: expected {len(sizes)} {self._mark}, one a picture, in what the chat template makes, got "
+                f"data: expected {len(rows)} {self._mark}, one a picture, in what the chat template makes, got "
                 f"{int(pictures.sum())}"
             )
         repeats = torch.ones_like(ids)
-        repeats[pictures] = torch.tensor([self.rows(size) for size in sizes], dtype=torch.int64)
+        repeats[pictures] = torch.tensor(rows, dtype=torch.int64)
         picture_ends = repeats.cumsum(dim=0)[pictures].tolist()
         return Encoded(ids.repeat_interleave(repeats), answers.repeat_interleave(repeats), tuple(picture_ends))
 

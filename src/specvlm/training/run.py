@@ -5,14 +5,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import torch
+
 from specvlm.config import Recipe, TrainConfig
 from specvlm.console import counting_bar, screen
 from specvlm.decoder import SpecVLM
-from specvlm.drafts import Draft
+from specvlm.drafts import Draft, VLMDraft
 from specvlm.loading import load
+from specvlm.memory import free_bytes
 from specvlm.policies import default_plan
 from specvlm.targets.hf import HFTarget
-from specvlm.training.data import Batches, fingerprint, split, survey
+from specvlm.training.data import Batches, PictureCache, fingerprint, split, survey
 from specvlm.training.distill import Progress, distill, target_identity
 from specvlm.training.encoding import Encoder
 from specvlm.training.generating import generate_answers, with_answers
@@ -90,7 +93,9 @@ def train(config: TrainConfig, recipe: Recipe) -> Trained | None:
         training = with_answers(training, out / ANSWERS)
     with counting_bar("reading", len(training), shown=ranks.leads) as show:
         found = survey(training, encoder, refuse_long=config.refuse_long, show=show)
-    batches = Batches(found, encoder, size=config.micro_batch, per_step=accumulate, seed=recipe.seed)
+    sees = isinstance(draft, VLMDraft) and draft.sees  # itself, for which the target's rows are of no use
+    cache = None if sees else PictureCache(target, encoder, free_bytes(torch.device("cpu")) // (4 * ranks.size))
+    batches = Batches(found, encoder, size=config.micro_batch, per_step=accumulate, seed=recipe.seed, cache=cache)
     steps = config.steps or config.epochs * batches.steps_per_epoch
     prompts = parts.held_out[: config.tau_prompts]
     run = distill(
