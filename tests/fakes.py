@@ -149,7 +149,8 @@ def tiny_processor() -> LlavaProcessor:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     template = (
-        "{% for message in messages %}USER: {% for part in message['content'] %}"
+        "{% for message in messages %}{{ ' ASSISTANT: ' if message['role'] == 'assistant' else 'USER: ' }}"
+        "{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
         "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
     )

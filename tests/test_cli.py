@@ -12,6 +12,7 @@ import pytest
 
 from specvlm import GenerateConfig, SpecVLM, load
 from specvlm.cli import main
+from specvlm.config import Recipe, TrainConfig
 from specvlm.doctor import Diagnosis, Finding
 from specvlm.equality import Comparison, Divergence
 from specvlm.vocabulary import read_vocabulary
@@ -54,17 +55,20 @@ def asking(folder: Path, *options: object) -> tuple[object, ...]:
 def test_without_a_command_it_says_which_there_are(run):
     status, out, err = run()
     assert (status, err) == (0, "")
-    assert all(f"\n  {command} " in out for command in ("demo", "generate", "check", "vocab", "doctor"))
+    assert all(f"\n  {command} " in out for command in ("demo", "generate", "check", "train", "vocab", "doctor"))
 
 
 def test_version(run):
     assert run("--version") == (0, f"specvlm {version('specvlm')}\n", "")
 
 
-@pytest.mark.parametrize("command", ["generate", "check"])
-def test_the_options_of_decoding_are_the_fields_of_its_config(run, command):
-    out = " ".join(run(command, "--help")[1].split())
-    for option in fields(GenerateConfig):
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [("generate", [GenerateConfig]), ("check", [GenerateConfig]), ("train", [TrainConfig, Recipe])],
+)
+def test_the_options_of_a_command_are_the_fields_of_its_configs(run, command, configs):
+    out = " ".join(run(command, "--help")[1].replace("-\n", "-").split())
+    for option in (option for config in configs for option in fields(config)):
         assert "--" + option.name.replace("_", "-") in out
         assert option.metadata["help"] in out
 

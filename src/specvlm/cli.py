@@ -1,4 +1,4 @@
-"""The command line: `specvlm demo`, `generate`, `check`, `vocab` and `doctor`.
+"""The command line: `specvlm demo`, `generate`, `check`, `train`, `vocab` and `doctor`.
 
 Options are the fields of dataclasses: `GenerateConfig` says how tokens are drawn, here as in Python. What a user got
 wrong ends in one line and exit status 2.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from specvlm.config import GenerateConfig
+from specvlm.config import GenerateConfig, Recipe, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -254,6 +254,23 @@ def check(
         print(f"{equal} of {len(results)} equal")
     if equal < len(results):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@with_options
+def train(config: TrainConfig, recipe: Recipe, as_json: AsJson = False) -> None:
+    """Teach a draft what a target says to the questions of a set; a run that was stopped goes on where it was."""
+    from specvlm.training.run import train
+
+    _silence()
+    found = train(config, recipe)
+    if found is None:
+        return
+    if as_json:
+        _print_json(asdict(found))
+        return
+    tau = "" if found.tau is None else f", tau {found.tau:.2f}"
+    print(f"{found.out}: {found.steps} steps, {found.epochs:.2f} epochs of {found.examples} examples{tau}")
 
 
 @app.command()

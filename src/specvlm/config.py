@@ -3,8 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from specvlm.checks import check_int, check_number
+
+#: How a learning rate goes.
+SCHEDULES: Final = ("cosine", "constant")
+
+_WEIGHTS: Final = (
+    "learning_rate",
+    "weight_decay",
+    "clip",
+    "cross_entropy_weight",
+    "feature_weight",
+    "feature_noise",
+    "unrolled_decay",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,130 @@ class GenerateConfig:
         if self.seed is not None:
             check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
         object.__setattr__(self, "stop_strings", _as_strings(self.stop_strings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a draft learns from a frozen target; the defaults are SpecVLM's.
+
+    Attributes:
+        learning_rate: of AdamW, after `warm_up` steps; 8e-5 for a 7B target, 5e-5 for 13B.
+        schedule: "cosine": it falls to a tenth along a cosine; "constant": it stays.
+        warm_up: steps in which it rises from 0.
+        betas, weight_decay: AdamW's.
+        clip: the largest norm of a gradient.
+        cross_entropy_weight, feature_weight: the loss's.
+        feature_noise: half the width of the uniform noise added to the features a head reads, so that it learns
+            to read its own; a small model reads none.
+        unrolled: how many steps a head takes on its own outputs before the loss, 1 being the target's features alone.
+        unrolled_decay: what each further step weighs less.
+        checkpoint_every: steps between checkpoints.
+        seed: of all that is random; with the data it fixes the result.
+
+    Raises:
+        ValueError: a field is out of its range, naming it, what was expected and what came.
+        TypeError: a field is of the wrong type.
+    """
+
+    learning_rate: float = field(default=8e-5, metadata={"help": "AdamW's; 5e-5 for a 13B target."})
+    schedule: str = field(default="cosine", metadata={"help": "cosine (to a tenth) or constant."})
+    warm_up: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
+    clip: float = field(default=1.0, metadata={"help": "The largest norm of a gradient."})
+    cross_entropy_weight: float = field(
+        default=0.1, metadata={"help": "Of the cross-entropy with the target's distribution."}
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "Of Smooth L1 with the target's features."})
+    feature_noise: float = field(default=0.0, metadata={"help": "Half the width of the noise on a head's features."})
+    unrolled: int = field(default=1, metadata={"help": "Steps of a head on its own outputs; EAGLE-3 takes 7."})
+    unrolled_decay: float = field(default=0.8, metadata={"help": "What each further of these steps weighs less."})
+    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    seed: int = field(default=0, metadata={"help": "The same seed gives the same draft."})
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected {' or '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name, low in (("warm_up", 0), ("unrolled", 1), ("checkpoint_every", 1)):
+            check_int(name, getattr(self, name), low=low)
+        check_int("seed", self.seed, low=0, high=2**40)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for beta in self.betas:
+            check_number("betas", beta)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        for name in _WEIGHTS:
+            check_number(name, getattr(self, name))
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What a draft is trained for and on, and where it goes.
+
+    Raises:
+        ValueError: a field is out of its range, naming it, what was expected and what came.
+        TypeError: a field is of the wrong type.
+    """
+
+    target: str = field(metadata={"help": "Folder or hub id of a LLaVA in transformers' format, or demo."})
+    data: str = field(metadata={"help": "A .jsonl, LLaVA's .json, a folder, or a .tar, which stays packed."})
+    out: str = field(metadata={"help": "Folder of the draft; a run that was stopped goes on from what is in it."})
+    draft: str = field(
+        default="eagle",
+        metadata={"help": "eagle, eagle3, vlm (a target of two layers), or a draft's folder to go on from."},
+    )
+    pictures: str | None = field(
+        default=None, metadata={"help": "A folder or .tar that the data's paths start from; by default the data's own."}
+    )
+    question: str | None = field(default=None, metadata={"help": "What is asked where the data have captions alone."})
+    vocabulary: str | None = field(
+        default=None, metadata={"help": "A file of specvlm vocab: the head proposes these tokens alone."}
+    )
+    compressor: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a head reads of a picture: text_only, decoupled, vispec, or a JSON object of settings."
+        },
+    )
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width inside the head's MLP; by default the target's."}
+    )
+    epochs: int = field(default=5, metadata={"help": "How often every example is seen, unless steps are given."})
+    steps: int | None = field(default=None, metadata={"help": "Steps of the optimiser, instead of epochs."})
+    batch: int = field(default=128, metadata={"help": "Examples in a step."})
+    micro_batch: int = field(default=4, metadata={"help": "Examples in the memory at once; it divides the batch."})
+    held_out: float = field(
+        default=0.05, metadata={"help": "The part of the data that tau is measured on, if they do not say themselves."}
+    )
+    tau_prompts: int = field(default=8, metadata={"help": "Held-out prompts decoded every epoch; 0: none."})
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Most tokens in an answer that the target says, for tau or to learn from."}
+    )
+    self_generate: bool = field(
+        default=False, metadata={"help": "The target answers first, and the draft learns from its answers."}
+    )
+    refuse_long: bool = field(
+        default=False, metadata={"help": "Refuse examples longer than the context, which are cut else."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32, float16 or bfloat16; by default bfloat16 on a GPU, else float32."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the GPU if there is one."})
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "micro_batch", "max_new_tokens"):
+            check_int(name, getattr(self, name), low=1)
+        for name in ("steps", "intermediate_size"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low=1)
+        check_int("tau_prompts", self.tau_prompts, low=0)
+        if self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch: expected a divisor of the batch of {self.batch}, got {self.micro_batch}")
+        check_number("held_out", self.held_out)
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a number in [0, 1), got {self.held_out}")
 
 
 def _as_strings(stop_strings: str | Sequence[str] | None) -> tuple[str, ...] | None:

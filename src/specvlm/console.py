@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
@@ -39,6 +39,26 @@ def bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+class Counter(Protocol):
+    """Tells a bar how far a work has come, and what there is to say of it."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def counting_bar(what: str, total: int, *, shown: bool = True) -> Iterator[Counter]:
+    """A bar over `total` steps on stderr, with an estimate of the time left; nothing where there is no terminal.
+
+    Yields:
+        what tells it how many steps are done.
+    """
+    console = screen(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done, note="": progress.update(task, completed=done, description=f"{what}  {note}".rstrip())
 
 
 def legend() -> Text:

@@ -266,8 +266,8 @@ def _key(target: Target, draft: Any, width: int) -> str:
     machine = platform.node(), platform.machine(), torch.get_num_threads()
     device = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else machine
     text = target.model.config.text_config
-    sizes = (spec.hidden_size, text.intermediate_size, spec.vocab_size, spec.num_layers)
-    sizes += (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    widths = spec.hidden_size, text.intermediate_size, spec.vocab_size
+    sizes = (*widths, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim)
     told = repr((device, torch.__version__, str(spec.dtype), sizes, type(draft).__name__, draft.sizes, width))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

@@ -5,7 +5,6 @@ Source: FR-Spec (Zhao et al., 2025).
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specvlm.checks import check_int
+from specvlm.files import whole
 from specvlm.targets.base import TargetSpec
 
 #: Documents tokenised at once.
@@ -129,9 +129,8 @@ def most_frequent(counts: Tensor, keep: int, spec: TargetSpec) -> list[int]:
 
 def write_vocabulary(path: Path, ids: Sequence[int]) -> None:
     """Writes a subset, {"ids": [...]}, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.part")
-    fresh.write_text(json.dumps({"ids": list(ids)}) + "\n")
-    os.replace(fresh, path)
+    with whole(path) as fresh:
+        fresh.write_text(json.dumps({"ids": list(ids)}) + "\n")
 
 
 def read_vocabulary(path: str | Path, spec: TargetSpec) -> list[int]:

@@ -8,6 +8,7 @@ from specvlm.demo import HEAD_DIR, MODEL_DIR, train_head, train_vlm
 from specvlm.demo.run import tasks
 from specvlm.drafts import VLMDraft, load_draft
 from specvlm.training import DistillConfig
+from specvlm.training.students import shallow_model
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def small_batches(monkeypatch):
 
 def test_it_begins_as_the_target_without_most_of_its_layers(model):
     target = model.target.model
-    small = train_vlm.small_model(target).state_dict()
+    small = shallow_model(target).state_dict()
     for name, weight in target.state_dict().items():
         layer = name.split("language_model.layers.")[1:]
         if not layer or layer[0].startswith("0."):

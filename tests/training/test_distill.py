@@ -134,13 +134,17 @@ def test_a_checkpoint_of_another_run_is_refused(specvlm, tmp_path: Path):
     other = distill(
         specvlm.target, fresh_draft(specvlm), lambda step: batch, DistillConfig(steps=2), checkpoint=checkpoint
     )
-    with pytest.raises(ValueError, match=r"checkpoint: expected this run's own .* got another config"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint: expected this run's own .* got one with config.steps 1 instead of 2$"
+    ):
         next(other)
     elsewhere = SpecVLM(tiny_llava(seed=1))
     moved = distill(
         elsewhere.target, fresh_draft(elsewhere), lambda step: batch, DistillConfig(steps=1), checkpoint=checkpoint
     )
-    with pytest.raises(ValueError, match=r"checkpoint: expected this run's own .* got another target"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint: expected this run's own .* got one with target.head \[.*\] instead of \["
+    ):
         next(moved)
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     broken = distill(
@@ -198,6 +202,94 @@ def test_a_small_models_tower_stays_as_it_is_and_its_run_resumes(specvlm, tmp_pa
     assert not any("vision_tower" in name for name in saved["weights"])
 
 
+def test_batches_of_a_step_weigh_by_their_rows(specvlm):
+    short, long = batch_of(specvlm, 4), batch_of(specvlm, 12)
+    pad = long.answers.shape[1] - short.answers.shape[1]
+    both = Batch(
+        {
+            "input_ids": torch.cat(
+                [torch.nn.functional.pad(short.inputs["input_ids"], (0, pad)), long.inputs["input_ids"]]
+            ),
+            "pixel_values": short.inputs["pixel_values"].repeat(2, 1, 1, 1),
+        },
+        torch.cat([torch.nn.functional.pad(short.answers, (0, pad)), long.answers]),
+    )
+
+    def trained(accumulate: int, *batches: Batch) -> list[float]:
+        draft = fresh_draft(specvlm)
+        config = DistillConfig(steps=3, learning_rate=1e-2, accumulate=accumulate, clip=1e3)
+        seen = list(distill(specvlm.target, draft, lambda number: batches[number % accumulate], config))
+        weights = torch.cat([p.detach().flatten() for p in draft.head.parameters()])
+        return [*weights[::97].tolist(), *(at.loss for at in seen), *(at.agreement for at in seen)]
+
+    assert trained(2, short, long) == pytest.approx(trained(1, both), rel=1e-4, abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_its_batch_and_leaves_the_checkpoint(specvlm, tmp_path: Path):
+    batch = replace(batch_of(specvlm, 8), ids=("photo 7", "photo 9"))
+    spoiled = replace(batch, inputs=batch.inputs | {"pixel_values": batch.inputs["pixel_values"] * torch.nan})
+    checkpoint, draft = tmp_path / "run.pt", fresh_draft(specvlm)
+    config = DistillConfig(steps=9, checkpoint_every=2, accumulate=2)
+    run = distill(
+        specvlm.target,
+        draft,
+        lambda number: spoiled if number == 11 else replace(batch, ids=("fine",)),
+        config,
+        checkpoint=checkpoint,
+    )
+    for _ in range(5):
+        next(run)
+    before = [weight.clone() for weight in draft.head.parameters()]
+    expected = r"loss: expected a finite number, got a loss of nan in step 6, of photo 7, photo 9; .*run.pt stays"
+    with pytest.raises(ValueError, match=expected):
+        next(run)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, draft.head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed")], ids=str)
+def test_a_full_disk_leaves_the_last_whole_checkpoint(specvlm, tmp_path: Path, monkeypatch, error):
+    batch, checkpoint = batch_of(specvlm, 8), tmp_path / "run.pt"
+    config = DistillConfig(steps=4, checkpoint_every=1)
+
+    def trained() -> EagleDraft:
+        draft = fresh_draft(specvlm)
+        list(distill(specvlm.target, draft, lambda number: batch, config, checkpoint=checkpoint))
+        return draft
+
+    whole = trained()
+    checkpoint.unlink()
+    written = torch.save
+
+    def full(state: dict, file) -> None:
+        if state["step"] == 3:
+            file.write(b"half of it")
+            raise error
+        written(state, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"checkpoint: expected room to write .*run.pt, got .*; the one before is whole"
+        ):
+            trained()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    resumed = trained()
+    assert all(torch.equal(a, b) for a, b in zip(whole.head.parameters(), resumed.head.parameters(), strict=True))
+
+
+def test_small_updates_are_not_lost_in_half_precision():
+    half = SpecVLM(tiny_llava().bfloat16())
+    batch, draft = batch_of(half, 8), fresh_draft(half)
+    before = draft.head.fc.weight.detach().clone()
+    config = DistillConfig(steps=20, learning_rate=2e-5, unrolled=2, accumulate=2)
+    list(distill(half.target, draft, lambda number: batch, config))
+    moved = (draft.head.fc.weight.detach() != before).float().mean()
+    assert draft.head.fc.weight.dtype == torch.bfloat16
+    assert moved > 0.5
+
+
 def test_noise_for_a_draft_that_reads_no_features(specvlm):
     config = DistillConfig(steps=1, feature_noise=0.1)
     run = distill(specvlm.target, small_draft(specvlm, "llama"), lambda step: batch_of(specvlm, 8), config)
@@ -211,6 +303,10 @@ def test_noise_for_a_draft_that_reads_no_features(specvlm):
         ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a finite number >= 0, got nan"),
         ({"feature_noise": -1.0}, "feature_noise: expected a finite number >= 0, got -1.0"),
+        ({"unrolled": 0}, "unrolled: expected an integer >= 1, got 0"),
+        ({"accumulate": 0}, "accumulate: expected an integer >= 1, got 0"),
+        ({"schedule": "linear"}, "schedule: expected cosine or constant, got 'linear'"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     ],
 )
 def test_settings_out_of_range(settings, message):

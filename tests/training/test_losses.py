@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from specvlm.training import distillation_losses, logit_losses
+from specvlm.training import feature_loss, logit_losses
 from specvlm.training.losses import ranking_loss
 
 INF = math.inf
@@ -14,42 +14,40 @@ INF = math.inf
 
 def test_gradients_in_float64():
     torch.manual_seed(0)
-    logits, teacher_logits = torch.randn(2, 2, 3, 7, dtype=torch.float64)
-    features, teacher_features = 2 * torch.randn(2, 2, 3, 5, dtype=torch.float64)
-    mask = torch.tensor([[True, True, False], [True, False, True]])
-
-    def losses(draft_logits, draft_features):
-        found = distillation_losses(draft_logits, draft_features, teacher_logits, teacher_features, mask)
-        return found.cross_entropy, found.feature
-
-    assert torch.autograd.gradcheck(losses, (logits.requires_grad_(), features.requires_grad_()))
-
-
-def test_rows_outside_the_mask_count_for_nothing():
-    torch.manual_seed(0)
-    logits, teacher_logits = torch.randn(2, 4, 7)
-    features, teacher_features = torch.randn(2, 4, 5)
-    mask = torch.tensor([True, False, True, False])
-    kept = distillation_losses(logits, features, teacher_logits, teacher_features, mask)
-    spoiled_logits, spoiled_features = logits.clone(), features.clone()
-    spoiled_logits[~mask] = torch.nan
-    spoiled_features[~mask] = torch.inf
-    spoiled = distillation_losses(spoiled_logits, spoiled_features, teacher_logits, teacher_features, mask)
-    assert (kept.cross_entropy, kept.feature) == (spoiled.cross_entropy, spoiled.feature)
+    logits, teacher_logits = torch.randn(2, 4, 7, dtype=torch.float64)
+    features, teacher_features = 2 * torch.randn(2, 4, 5, dtype=torch.float64)
+    some, few = torch.tensor([1, 4, 6]), torch.randn(4, 3, dtype=torch.float64)
+    for own, vocabulary in ((logits, None), (few, some)):
+        own.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, ids=vocabulary: logit_losses(x, teacher_logits, ids).cross_entropy, (own,)
+        )
+    assert torch.autograd.gradcheck(lambda x: feature_loss(x, teacher_features), (features.requires_grad_(),))
 
 
 def test_worked_out_by_hand():
     teacher = torch.tensor([[0.0, 0.0]])
     draft = torch.tensor([[0.0, torch.log(torch.tensor(3.0))]])  # q = 1/4, 3/4; p = 1/2, 1/2
-    found = distillation_losses(draft, torch.tensor([[0.5, 3.0]]), teacher, torch.zeros(1, 2), torch.tensor([True]))
+    found = logit_losses(draft, teacher)
     assert torch.isclose(found.cross_entropy, -torch.log(torch.tensor(3 / 16)) / 2)
-    assert torch.isclose(found.feature, torch.tensor((0.125 + 2.5) / 2))
-    assert found.agreement == 0
+    assert (found.agreement, found.feature) == (0, 0)
+    assert torch.isclose(feature_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2)), torch.tensor((0.125 + 2.5) / 2))
+
+
+def test_a_part_of_the_vocabulary():
+    teacher = torch.tensor([[5.0, 0.0, -torch.inf, 0.0], [0.0, 7.0, 0.0, 1.0]])
+    draft = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    found = logit_losses(draft, teacher, torch.tensor([1, 3]))
+    log_q = torch.log_softmax(draft[0], dim=0)
+    p = torch.softmax(torch.tensor([7.0, 1.0]), dim=0)
+    assert torch.isclose(found.cross_entropy, -(log_q.mean() + (p * log_q).sum()) / 2)
+    assert found.agreement == 0.5  # the likeliest token of the first row is none that the draft has
 
 
 def test_no_row_at_all():
-    found = distillation_losses(*torch.randn(2, 3, 4), *torch.randn(2, 3, 4), torch.zeros(3, dtype=torch.bool))
+    found = logit_losses(*torch.randn(2, 0, 4))
     assert (found.cross_entropy, found.feature, found.agreement) == (0, 0, 0)
+    assert feature_loss(*torch.randn(2, 0, 4)) == 0
 
 
 def test_the_cross_entropy_takes_a_reduced_vocabulary():

@@ -12,8 +12,8 @@ from random import Random
 from typing import cast
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from specvlm.console import counting_bar
 from specvlm.decoder import SpecVLM
 from specvlm.demo import MODEL_DIR
 from specvlm.demo.data import Encoder, picture_batch
@@ -24,8 +24,7 @@ from specvlm.demo.train import LOG_NAME, keep_freed_memory
 from specvlm.drafts import Draft, EagleConfig, EagleDraft, EagleHead
 from specvlm.loading import load
 from specvlm.targets.hf import HFTarget
-from specvlm.training import Batch, DistillConfig, distill
-from specvlm.training import Progress as Standing
+from specvlm.training import Batch, DistillConfig, Progress, distill
 
 BATCH = 12
 INTERMEDIATE_SIZE = 704
@@ -61,14 +60,12 @@ def measured_tau(model: SpecVLM, draft: Draft) -> float:
     return sum(s.tau * s.rounds for s in stats) / sum(s.rounds for s in stats)
 
 
-def watch(run: Iterable[Standing], config: DistillConfig, log: Path) -> None:
+def watch(run: Iterable[Progress], config: DistillConfig, log: Path) -> None:
     """Takes a training to its end: a progress bar on the screen, and a line a checkpoint in `log`."""
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as bar, log.open("a") as lines:
-        task = bar.add_task("starting", total=config.steps)
+    with counting_bar("training", config.steps) as show, log.open("a") as lines:
         for at in run:
             tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
-            bar.update(task, completed=at.step, description=f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
+            show(at.step, f"loss {at.loss:.4f}  agrees {at.agreement:.0%}{tau}")
             if at.step % config.checkpoint_every == 0 or at.step == at.steps:
                 numbers = {"loss": at.loss, **at.parts, "agreement": at.agreement}
                 rounded = {name: round(value, 4) for name, value in numbers.items()}

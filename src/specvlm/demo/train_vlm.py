@@ -7,12 +7,10 @@ to the same weights.
 """
 
 import argparse
-from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from specvlm.demo import MODEL_DIR
 from specvlm.demo.data import Encoder
@@ -22,24 +20,7 @@ from specvlm.drafts import VLMDraft
 from specvlm.loading import load
 from specvlm.targets.hf import HFTarget
 from specvlm.training import DistillConfig, distill
-
-#: Which of the target's layers the draft begins with.
-LAYERS = (0, -1)
-
-
-def small_model(target: PreTrainedModel) -> LlavaForConditionalGeneration:
-    """The target without most of its layers, as a model of its own."""
-    config = deepcopy(target.config)
-    config.text_config.num_hidden_layers = len(LAYERS)
-    model = LlavaForConditionalGeneration(config)
-    layers = [target.model.language_model.layers[layer] for layer in LAYERS]
-    kept = {name: weight for name, weight in target.state_dict().items() if ".layers." not in name or "vision" in name}
-    for number, layer in enumerate(layers):
-        prefix = f"model.language_model.layers.{number}"
-        kept |= {f"{prefix}.{name}": weight for name, weight in layer.state_dict().items()}
-    model.load_state_dict(kept)
-    model.generation_config = deepcopy(target.generation_config)
-    return model
+from specvlm.training.students import shallow_model
 
 
 def train(out: Path, config: DistillConfig) -> None:
@@ -49,7 +30,7 @@ def train(out: Path, config: DistillConfig) -> None:
     """
     model = load(MODEL_DIR)
     target = cast(HFTarget, model.target)
-    draft = VLMDraft(small_model(target.model))
+    draft = VLMDraft(shallow_model(target.model))
     draft.bind(target)
     encoder = Encoder(model.processor.tokenizer)
     work = out.with_name(f"{out.name}.training")

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like, spread
+from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 from specvlm.vocabulary import check_vocabulary
@@ -58,7 +59,7 @@ class EagleHead(PairHead):
         if config.draft_vocab_size is not None:
             self.register_buffer("vocabulary", torch.arange(config.draft_vocab_size))
 
-    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+    def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; the pairs' `hidden` are post-final-norm features, or outputs."""
         joined = self.fc(torch.cat([pairs.embeds, pairs.hidden], dim=-1))
         if pairs.direct is not None:
@@ -66,7 +67,7 @@ class EagleHead(PairHead):
         return self.layers[0](
             joined,
             position_embeddings=self.rotary(joined, pairs.positions),
-            past_key_values=None if slab is None else slab_cache(slab, step),
+            past_key_values=slab_cache(slab, step),
             use_cache=slab is not None,
             step=step,
         )
@@ -107,8 +108,9 @@ class EagleDraft(PairDraft):
         if self.head.config.draft_vocab_size is not None:
             self._reduced = target.head_rows(self.head.vocabulary).detach()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V] over the target's vocabulary; -inf for what a reduced head cannot propose."""
-        if self._reduced is None:
-            return self.target.head(hidden)
-        return spread(hidden @ self._reduced.T, self.head.vocabulary, self.head.config.vocab_size)
+    @property
+    def vocabulary(self) -> Tensor | None:
+        return None if self._reduced is None else self.head.vocabulary
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        return self.target.head(hidden) if self._reduced is None else hidden @ self._reduced.T

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from specvlm.checks import check_int
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like, spread
+from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 
@@ -97,7 +98,7 @@ class Eagle3Head(PairHead):
         """[B, T, H] from the taps' features, concatenated."""
         return self.fc(features)
 
-    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+    def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
         hidden = pairs.hidden
         if pairs.direct is not None:
@@ -106,7 +107,7 @@ class Eagle3Head(PairHead):
             pairs.embeds,
             hidden,
             position_embeddings=self.rotary(hidden, pairs.positions),
-            past_key_values=None if slab is None else slab_cache(slab, step),
+            past_key_values=slab_cache(slab, step),
             step=step,
         )
 
@@ -190,7 +191,9 @@ class Eagle3Draft(PairDraft):
     def fit(self, target: Target) -> None:
         self._vocabulary = self.head.vocabulary
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V] over the target's vocabulary; -inf for tokens that have no row."""
-        logits = self.head.lm_head(self.head.norm(hidden))
-        return spread(logits, self._vocabulary, self.head.config.vocab_size)
+    @property
+    def vocabulary(self) -> Tensor:
+        return self._vocabulary
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        return self.head.lm_head(self.head.norm(hidden))

@@ -1,7 +1,6 @@
 """A draft's folder on disk: config.json and model.safetensors, each written whole or not at all, read strictly."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,18 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from specvlm.files import whole
+
 Config = TypeVar("Config")
 
 
 def write_folder(folder: Path, *, draft_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a draft's two files to `folder`, in the place of older ones only when both are on disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = {name: folder / f"{name}.part" for name in ("model.safetensors", "config.json")}
-    save_file(dict(tensors), fresh["model.safetensors"], metadata={"format": "pt"})
-    fresh["config.json"].write_text(json.dumps({"draft_type": draft_type, **config}, indent=2) + "\n")
-    for name, path in fresh.items():
-        path.chmod(0o644)
-        os.replace(path, folder / name)
+    with whole(folder / "config.json") as settings, whole(folder / "model.safetensors") as weights:
+        save_file(dict(tensors), weights, metadata={"format": "pt"})
+        settings.write_text(json.dumps({"draft_type": draft_type, **config}, indent=2) + "\n")
+        for path in (settings, weights):
+            path.chmod(0o644)
 
 
 def read_folder(folder: Path, *, draft_type: str, config_class: type[Config]) -> tuple[Config, dict[str, Tensor]]:

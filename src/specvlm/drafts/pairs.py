@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import Cache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specvlm.checks import check_int, check_number
@@ -165,11 +165,12 @@ class PairHead(nn.Module):
             direct=seen.image_mask[:, 1:] if self.compressor.direct else None,
         )
 
-    def forward(self, pairs: Pairs, slab: Tensor | None, step: AttentionStep) -> Tensor:
+    def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """The head's output [B, P, H], which is a pair's `hidden` one level on.
 
         Args:
-            slab: [1, 2, B, Hkv, S, D], to which the pairs' KV is written; None: nothing is kept, as in training.
+            slab: [1, 2, B, Hkv, S, D], to which the pairs' KV is written; in training a cache that grows, or None:
+                nothing is kept.
             step: where the pairs go in it, and what they see.
         """
         raise NotImplementedError
@@ -277,9 +278,19 @@ class PairDraft:
         """A session that has read the prompt."""
         return PairSession(self, prompt, state)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, T, V] over the target's vocabulary of outputs [B, T, H]; -inf for what it cannot propose."""
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """[r] int64 ascending, the target's tokens that it can propose; None: all."""
         raise NotImplementedError
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., r] of outputs [..., H], over what it can propose."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of outputs [..., H], over the target's vocabulary; -inf for what it cannot propose."""
+        logits, ids = self.own_logits(hidden), self.vocabulary
+        return logits if ids is None else spread(logits, ids, self.head.config.vocab_size)
 
 
 class PairSession:

@@ -101,7 +101,8 @@ class HFTarget:
         """Whole sequences, padded at their ends, for a draft to learn from.
 
         Args:
-            inputs: input_ids [B, T], and pixel_values (and image_sizes) of all the batch's pictures.
+            inputs: input_ids [B, T], and pixel_values (and image_sizes) of all the batch's pictures, or picture_rows,
+                what `picture_rows` gave for each of them.
             taps: which features the draft reads.
 
         Returns:
@@ -115,6 +116,20 @@ class HFTarget:
         hidden, features = self._forward(embeds, positions, None, step, taps)
         lengths = torch.full_like(step.kv_len, input_ids.shape[1])
         return Prompt(input_ids, positions, embeds, image_mask, features, vision, inputs, lengths), hidden
+
+    @torch.no_grad()
+    def picture_rows(self, pictures: Mapping[str, Tensor]) -> Tensor:
+        """What stands in the prompt for all of some pictures [rows, H].
+
+        Args:
+            pictures: pixel_values, and image_sizes where the model takes them.
+        """
+        return self._look(pictures)[0]
+
+    def _look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """The rows of all pictures, and the tower's output."""
+        vision = self.model.model.get_image_features(**picture_tensors(inputs, self.spec), return_dict=True)
+        return torch.cat(tuple(vision.pooler_output)).to(self.spec.dtype), vision
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
@@ -152,10 +167,12 @@ class HFTarget:
     def _merge(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any | None]:
         """Embeddings with the picture's in their places, which places those are, and the tower's output."""
         embeds = self.embed(input_ids)
-        if inputs.get("pixel_values") is None:
+        if inputs.get("picture_rows") is not None:
+            rows, vision = inputs["picture_rows"].to(embeds), None
+        elif inputs.get("pixel_values") is not None:
+            rows, vision = self._look(inputs)
+        else:
             return embeds, torch.zeros_like(input_ids, dtype=torch.bool), None
-        vision = self.model.model.get_image_features(**picture_tensors(inputs, self.spec), return_dict=True)
-        rows = torch.cat(tuple(vision.pooler_output)).to(embeds.dtype)
         image_mask = input_ids == self.model.config.image_token_id
         if int(image_mask.sum()) != len(rows):
             raise ValueError(

@@ -30,11 +30,13 @@ class AttentionStep:
         kv_len: [B] int32 slots that every row sees.
         ancestors: [B, N, W] packed bits over the slots from kv_len on; None: a prompt, causal, into an empty slab.
         first_slot: [B] int32 where this forward's KV goes; None: to kv_len and on.
+        visible: [B, N, K] bool, in training: which of a growing cache's K keys each row sees, this forward's last.
     """
 
     kv_len: Tensor
     ancestors: Tensor | None
     first_slot: Tensor | None = None
+    visible: Tensor | None = None
 
 
 def _attention(
@@ -59,12 +61,13 @@ def _attention(
         raise ValueError(f"{ATTENTION} attention: expected no mask and no dropout, got a forward with them")
     if step.ancestors is not None:
         return tree_attention(query.transpose(1, 2), key, value, step.kv_len, step.ancestors, scale=scaling), None
-    length = query.shape[2]
+    length = query.shape[2] if step.visible is None else key.shape[2]
     out = nn.functional.scaled_dot_product_attention(
         query,
         key[:, :, :length],
         value[:, :, :length],
-        is_causal=True,
+        attn_mask=None if step.visible is None else step.visible[:, None],
+        is_causal=step.visible is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -102,8 +105,10 @@ class _SlabLayer(CacheLayerMixin):
         raise NotImplementedError("our attention needs no mask")
 
 
-def slab_cache(slab: Tensor, step: AttentionStep) -> Cache:
-    """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes where `step` says."""
+def slab_cache(slab: Tensor | Cache | None, step: AttentionStep) -> Cache | None:
+    """A slab [L, 2, B, Hkv, S, D] as the cache of one forward, which writes where `step` says; a cache as it is."""
+    if not isinstance(slab, Tensor):
+        return slab
     first_slot = step.kv_len if step.first_slot is None else step.first_slot
     keys, values = (half.unbind() for half in slab.unbind(1))
     return Cache(layers=[_SlabLayer(k, v, first_slot) for k, v in zip(keys, values, strict=True)])
@@ -146,7 +151,7 @@ def run_language(
         return language(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=None if slab is None else slab_cache(slab, step),
+            past_key_values=slab_cache(slab, step),
             use_cache=slab is not None,
             output_hidden_states=output_hidden_states,
             step=step,

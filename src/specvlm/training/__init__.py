@@ -1,7 +1,7 @@
 """Teaching a draft by a frozen target."""
 
 from specvlm.training.distill import Progress, distill
-from specvlm.training.losses import Losses, distillation_losses, logit_losses
+from specvlm.training.losses import Losses, feature_loss, logit_losses
 from specvlm.training.objectives import Batch, DistillConfig, Lesson, Objective, objective_of
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Objective",
     "Progress",
     "distill",
-    "distillation_losses",
+    "feature_loss",
     "logit_losses",
     "objective_of",
 ]

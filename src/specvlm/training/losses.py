@@ -1,6 +1,6 @@
 """What a draft head learns from: the target's distribution and its features."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,40 +24,33 @@ class Losses:
     agreement: Tensor
 
 
-def distillation_losses(
-    logits: Tensor, features: Tensor, teacher_logits: Tensor, teacher_features: Tensor, mask: Tensor
-) -> Losses:
-    """SpecVLM's online-logit distillation, on the rows of `mask`.
-
-    Per row: CE = -sum_v softmax(teacher)_v log softmax(draft)_v, whose gradient is softmax(draft) - softmax(teacher);
-    and Smooth L1 (d^2 / 2 below 1, |d| - 1/2 above), whose gradient is d clamped to [-1, 1], over the width.
+def logit_losses(logits: Tensor, teacher_logits: Tensor, vocabulary: Tensor | None = None) -> Losses:
+    """The draft's distribution against the teacher's; the feature loss is 0.
 
     Args:
-        logits, teacher_logits: [..., V].
-        features, teacher_features: [..., H].
-        mask: [...] bool; rows outside do not count. Without any row the losses are 0.
-    """
-    features, teacher_features = features[mask], teacher_features[mask].detach()
-    distance = torch.nn.functional.smooth_l1_loss(
-        _at_least_float(features), _at_least_float(teacher_features), reduction="sum"
-    )
-    of_logits = logit_losses(logits[mask], teacher_logits[mask])
-    return replace(of_logits, feature=distance / (max(len(features), 1) * features.shape[-1]))
-
-
-def logit_losses(logits: Tensor, teacher_logits: Tensor) -> Losses:
-    """The cross-entropy alone, for a draft with features of its own; the feature loss is 0.
-
-    Args:
-        logits, teacher_logits: [R, V]; without any row the losses are 0.
+        logits: [R, r]; without any row the losses are 0.
+        teacher_logits: [R, V].
+        vocabulary: [r] int64 the teacher's tokens that the draft's are, which the teacher's distribution is confined
+            to; None: r = V.
     """
     rows = max(len(logits), 1)
-    cross_entropy = soft_cross_entropy(logits, teacher_logits).sum() / rows
-    return Losses(
-        cross_entropy=cross_entropy,
-        feature=cross_entropy.new_zeros(()),
-        agreement=(logits.argmax(-1) == teacher_logits.argmax(-1)).sum() / rows,
+    best = logits.argmax(-1) if vocabulary is None else vocabulary[logits.argmax(-1)]
+    agreement = (best == teacher_logits.argmax(-1)).sum() / rows
+    confined = teacher_logits if vocabulary is None else teacher_logits[:, vocabulary]
+    cross_entropy = soft_cross_entropy(logits, confined).sum() / rows
+    return Losses(cross_entropy, cross_entropy.new_zeros(()), agreement)
+
+
+def feature_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Smooth L1 (d^2 / 2 below 1, |d| - 1/2 above), whose gradient is d clamped to [-1, 1]: mean over rows and width.
+
+    Args:
+        features, teacher_features: [R, H]; without any row the loss is 0.
+    """
+    distance = torch.nn.functional.smooth_l1_loss(
+        _at_least_float(features), _at_least_float(teacher_features.detach()), reduction="sum"
     )
+    return distance / (max(len(features), 1) * features.shape[-1])
 
 
 def ranking_loss(logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:

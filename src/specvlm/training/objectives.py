@@ -1,10 +1,10 @@
 """What each kind of draft learns from a frozen target, a batch at a time.
 
 Source: SpecVLM (2025), section 3.3: 0.1 cross-entropy with the target's distribution plus 1.0 Smooth L1 with its
-features, on the answer's tokens. A draft with features of its own, a small model, learns the distribution alone.
+features, on the answer's tokens. A draft with features of its own, a small model or an EAGLE-3 head, learns the
+distribution alone.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -12,58 +12,37 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from specvlm.checks import check_int, check_number
+from specvlm.checks import check_int
+from specvlm.config import Recipe
 from specvlm.drafts.base import Draft
 from specvlm.drafts.eagle import EagleDraft
+from specvlm.drafts.eagle3 import Eagle3Draft
+from specvlm.drafts.growing import rows_of
+from specvlm.drafts.pairs import PairDraft
 from specvlm.drafts.vlm import VLMDraft
+from specvlm.targets.base import Prompt
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep
-from specvlm.training.losses import distillation_losses, logit_losses
+from specvlm.training.losses import Losses, feature_loss, logit_losses
+from specvlm.training.unrolling import Level, Read, levels
 
 
-@dataclass(frozen=True, slots=True)
-class DistillConfig:
-    """How a draft is trained.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig(Recipe):
+    """How a draft is trained, and for how long.
 
     Attributes:
-        steps: optimiser steps.
-        learning_rate: of AdamW, after `warm_up` steps; it falls to a tenth along a cosine.
-        betas, weight_decay: AdamW's.
-        cross_entropy_weight, feature_weight: the loss's.
-        feature_noise: half the width of the uniform noise added to the features a head reads, so that it learns
-            to read its own; a small model reads none.
-        clip: the largest norm of a gradient.
-        checkpoint_every: steps between checkpoints.
-        seed: of the noise; with the data's own seed it fixes the result.
+        steps: of the optimiser.
+        accumulate: batches a step, whose rows all weigh the same; the processes of a training share them.
     """
 
     steps: int
-    learning_rate: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    cross_entropy_weight: float = 0.1
-    feature_weight: float = 1.0
-    feature_noise: float = 0.0
-    warm_up: int = 0
-    clip: float = 1.0
-    checkpoint_every: int = 200
-    seed: int = 0
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
+        Recipe.__post_init__(self)  # super() does not know a slotted dataclass
         check_int("steps", self.steps, low=1)
-        check_int("warm_up", self.warm_up, low=0)
-        check_int("checkpoint_every", self.checkpoint_every, low=1)
-        for name in (
-            "learning_rate",
-            "cross_entropy_weight",
-            "feature_weight",
-            "feature_noise",
-            "weight_decay",
-            "clip",
-        ):
-            check_number(name, getattr(self, name))
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+        check_int("accumulate", self.accumulate, low=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +52,17 @@ class Batch:
     Attributes:
         inputs: input_ids [B, T], and the pictures, as the target's `teach` takes them.
         answers: [B, T] bool, true on the answers' tokens.
+        ids: what the data call the sequences; may be left empty.
     """
 
     inputs: dict[str, Tensor]
     answers: Tensor
+    ids: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many tokens a draft is to guess: those of an answer behind another of its tokens."""
+        return int((self.answers[:, :-1] & self.answers[:, 1:]).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,7 @@ class Lesson:
     """What a batch taught.
 
     Attributes:
-        loss: to be made smaller.
+        loss: to be made smaller; a mean over the batch's rows.
         parts: what it is made of, by name, before any weight; no gradient.
         agreement: share of the tokens where draft and target hold the same one likeliest; no gradient.
     """
@@ -105,52 +91,76 @@ class Objective(Protocol):
     student: nn.Module
     still: nn.Module
 
-    def lesson(self, batch: Batch, step: int) -> Lesson:
-        """Target and draft on a batch; what is random in it follows from the step."""
+    def lesson(self, batch: Batch, number: int) -> Lesson:
+        """Target and draft on a batch; what is random in it follows from its number."""
         ...
 
 
 class HeadObjective:
-    """An EAGLE head's: the target's distribution one token on, and its feature there.
+    """A head's: the target's distribution one token on and, for one that reads post-final-norm features, its feature
+    there; after some steps on its own outputs as well, if it is told to take them.
 
-    Raises:
-        ValueError: the head has a reduced vocabulary, for which there is no loss yet.
+    A head that can propose some tokens alone learns the target's distribution over these.
     """
 
     student: nn.Module
     still: nn.Module
 
-    def __init__(self, target: HFTarget, draft: EagleDraft, config: DistillConfig) -> None:
-        if draft.head.config.draft_vocab_size is not None:
-            raise ValueError(f"draft_vocab_size: expected none in training, got {draft.head.config.draft_vocab_size}")
+    def __init__(self, target: HFTarget, draft: PairDraft, config: DistillConfig) -> None:
         self.student, self.still = draft.head, nn.Module()
         self._target, self._draft, self._config = target, draft, config
 
-    def lesson(self, batch: Batch, step: int) -> Lesson:
+    def lesson(self, batch: Batch, number: int) -> Lesson:
+        """Every level's losses on its rows, weighed by `unrolled_decay` to the level, over the rows of the first."""
+        config, draft = self._config, self._draft
+        taught, hidden = self._target.teach(batch.inputs, draft.taps)
+        read = self._read(taught, hidden, batch.answers, number)
+        share, weighed = 1.0, torch.zeros((), device=hidden.device)
+        parts: dict[str, Tensor] = {}
+        for level in levels(draft.head, read, config.unrolled):
+            found = self._losses(level, read)
+            part = len(level.row) / max(batch.rows, 1) * share
+            weighed = weighed + part * (
+                config.cross_entropy_weight * found.cross_entropy + self._feature_weight * found.feature
+            )
+            share *= config.unrolled_decay
+            if not parts:
+                agreement = found.agreement
+                parts = {"cross_entropy": found.cross_entropy.detach()}
+                if self._feature_weight:
+                    parts["feature"] = found.feature.detach()
+        return Lesson(weighed, parts, agreement)
+
+    @property
+    def _feature_weight(self) -> float:
+        """0 for a head that reads other features than it is to give."""
+        return self._config.feature_weight if self._draft.taps is None else 0.0
+
+    def _read(self, taught: Prompt, hidden: Tensor, answers: Tensor, number: int) -> Read:
         """The pair of row j's feature and row j + 1's token is to say what the target says behind that token."""
-        taught, features = self._target.teach(batch.inputs)
-        answers = batch.answers.to(features.device)
-        seen, pairs = self._draft.head.read(replace(taught, features=self._noise(taught.features, step)))
-        prompt = AttentionStep(torch.zeros_like(seen.lengths), None)
-        hidden = self._draft.head(pairs, None, prompt)
+        seen, pairs = self._draft.head.read(replace(taught, features=self._noisy(taught.features, number)))
+        answers = answers.to(hidden.device)
         at = seen.positions[:, 1:].long()  # of the pairs' tokens
-        teacher_features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
-        with torch.no_grad():
-            teacher_logits = self._target.head(teacher_features)
         # A pair counts where its token is in the answer, and so is the one to guess.
         counts = (answers & nn.functional.pad(answers[:, 1:], (0, 1))).gather(1, at)
-        losses = distillation_losses(self._draft.logits(hidden), hidden, teacher_logits, teacher_features, counts)
-        config = self._config
-        weighed = config.cross_entropy_weight * losses.cross_entropy + config.feature_weight * losses.feature
-        parts = {"cross_entropy": losses.cross_entropy.detach(), "feature": losses.feature.detach()}
-        return Lesson(weighed, parts, losses.agreement)
+        return Read(pairs, seen.guide, counts, rows_of(hidden, at))
 
-    def _noise(self, features: Tensor, step: int) -> Tensor:
-        """The features with the step's own uniform noise."""
+    def _losses(self, level: Level, read: Read) -> Losses:
+        draft = self._draft
+        wanted = read.wanted[level.row, level.place]
+        with torch.no_grad():
+            teacher_logits = self._target.head(wanted)
+        of_logits = logit_losses(draft.own_logits(level.hidden), teacher_logits, draft.vocabulary)
+        if not self._feature_weight:
+            return of_logits
+        return replace(of_logits, feature=feature_loss(level.hidden, wanted))
+
+    def _noisy(self, features: Tensor, number: int) -> Tensor:
+        """The features with the batch's own uniform noise."""
         config = self._config
         if not config.feature_noise:
             return features
-        generator = torch.Generator(features.device).manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator(features.device).manual_seed(config.seed * 1_000_003 + number)
         uniform = torch.rand(features.shape, generator=generator, device=features.device, dtype=features.dtype)
         return features + (2 * uniform - 1) * config.feature_noise
 
@@ -159,22 +169,23 @@ class ModelObjective:
     """A small model's, whose vision tower stays as it is: the target's distribution.
 
     Raises:
-        ValueError: features are to have noise, which it does not read.
+        ValueError: features are to have noise, or steps to be unrolled, and it reads no features.
     """
 
     student: nn.Module
     still: nn.Module
 
     def __init__(self, target: HFTarget, draft: VLMDraft, config: DistillConfig) -> None:
-        if config.feature_noise:
-            raise ValueError(
-                f"feature_noise: expected 0, for a small model reads no features, got {config.feature_noise}"
-            )
+        for name, none in (("feature_noise", 0), ("unrolled", 1)):
+            if getattr(config, name) != none:
+                raise ValueError(
+                    f"{name}: expected {none}, for a small model reads no features, got {getattr(config, name)}"
+                )
         self.student = draft.model
         self.still = draft.model.model.vision_tower if draft.sees else nn.Module()
         self._target, self._draft, self._config = target, draft, config
 
-    def lesson(self, batch: Batch, step: int) -> Lesson:
+    def lesson(self, batch: Batch, number: int) -> Lesson:
         """Row i, which reads token i, is to say what the target says of token i + 1."""
         draft = self._draft
         taught, features = self._target.teach(batch.inputs)
@@ -194,6 +205,7 @@ class ModelObjective:
 #: What a draft learns by, by its class.
 OBJECTIVES: dict[type, Callable[[HFTarget, Any, DistillConfig], Objective]] = {
     EagleDraft: HeadObjective,
+    Eagle3Draft: HeadObjective,
     VLMDraft: ModelObjective,
 }
 

@@ -1,0 +1,176 @@
+"""`specvlm train` from its settings to a draft in a folder."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from specvlm.config import Recipe, TrainConfig
+from specvlm.console import counting_bar, screen
+from specvlm.decoder import SpecVLM
+from specvlm.drafts import Draft, VLMDraft
+from specvlm.loading import load
+from specvlm.memory import free_bytes
+from specvlm.policies import default_plan
+from specvlm.targets.hf import HFTarget
+from specvlm.training.data import Batches, PictureCache, fingerprint, split, survey
+from specvlm.training.distill import Progress, distill, target_identity
+from specvlm.training.encoding import Encoder
+from specvlm.training.generating import generate_answers, with_answers
+from specvlm.training.objectives import DistillConfig
+from specvlm.training.ranks import start_ranks
+from specvlm.training.records import QUESTION, Example, read_examples
+from specvlm.training.students import new_draft, save_draft
+from specvlm.training.watching import Metrics, draw_plots, tau_estimate
+
+CHECKPOINT, METRICS, ANSWERS = "checkpoint.pt", "metrics.jsonl", "answers.jsonl"
+_SETTINGS: Final = ("batch", "micro_batch", "held_out", "question", "self_generate", "refuse_long", "vocabulary")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        out: the draft's folder.
+        steps, epochs: of the optimiser, and what they come to.
+        examples: learned from.
+        truncated, left_out: examples cut at the context, and such with nothing to learn from.
+        loss, agreement: of the last step; None: there was none left to do.
+        tau: as it was measured last.
+    """
+
+    out: str
+    steps: int
+    epochs: float
+    examples: int
+    truncated: int
+    left_out: int
+    loss: float | None
+    agreement: float | None
+    tau: float | None
+
+
+def train(config: TrainConfig, recipe: Recipe) -> Trained | None:
+    """Trains a draft and puts it into `config.out`, with metrics.jsonl and plots; a run that was stopped goes on.
+
+    Processes that torchrun started share the work; the first one writes and prints, the others return None.
+
+    Raises:
+        ValueError: what is wrong with the settings or the data, before any training; or a loss that is no number.
+        OSError: a file that cannot be read or written.
+    """
+    out = Path(config.out)
+    if (out / "config.json").exists() and not (out / CHECKPOINT).exists():
+        raise ValueError(f"out: expected a folder without a finished draft, got {out}, which holds one")
+    ranks, device = start_ranks(config.device)
+    accumulate = config.batch // config.micro_batch
+    if accumulate % ranks.size:
+        raise ValueError(
+            f"batch: expected a multiple of {config.micro_batch} examples in each of {ranks.size} processes, "
+            f"got {config.batch}"
+        )
+    model = load(config.target, dtype=config.dtype, device=device)
+    target = cast(HFTarget, model.target)
+    encoder = Encoder(model.processor, target)
+    pictures = None if config.pictures is None else Path(config.pictures)
+    examples = read_examples(Path(config.data), pictures=pictures, question=config.question or QUESTION)
+    parts, about = split(examples, config.held_out), _about(config, examples)
+    draft = new_draft(config, target, recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    training = parts.training
+    if config.self_generate:
+        if ranks.leads:
+            with counting_bar("answering", len(training)) as show:
+                asked: dict[str, Any] = {
+                    "max_new_tokens": config.max_new_tokens,
+                    "about": {"examples": fingerprint(training), "target": target_identity(target)},
+                }
+                generate_answers(model, encoder, training, out / ANSWERS, show=show, **asked)
+        ranks.told("answers are there")
+        training = with_answers(training, out / ANSWERS)
+    with counting_bar("reading", len(training), shown=ranks.leads) as show:
+        found = survey(training, encoder, refuse_long=config.refuse_long, show=show)
+    sees = isinstance(draft, VLMDraft) and draft.sees  # itself, for which the target's rows are of no use
+    cache = None if sees else PictureCache(target, encoder, free_bytes(torch.device("cpu")) // (4 * ranks.size))
+    batches = Batches(found, encoder, size=config.micro_batch, per_step=accumulate, seed=recipe.seed, cache=cache)
+    steps = config.steps or config.epochs * batches.steps_per_epoch
+    prompts = parts.held_out[: config.tau_prompts]
+    run = distill(
+        target,
+        draft,
+        batches,
+        DistillConfig(**asdict(recipe), steps=steps, accumulate=accumulate),
+        checkpoint=out / CHECKPOINT,
+        about=about,
+        measure_tau=(lambda: measured_tau(model, draft, encoder, prompts, config.max_new_tokens)) if prompts else None,
+        tau_every=batches.steps_per_epoch,
+    )
+    if not ranks.leads:
+        for _ in run:
+            pass
+        return None
+    if found.truncated or found.left_out:
+        note = f"{found.truncated} examples cut at the context of {encoder.context} tokens, {found.left_out} left out"
+        screen(stderr=True).print(note)
+    last: Progress | None = None
+    depth = default_plan(target.spec.device).depth
+    with Metrics(out / METRICS, batches.steps_per_epoch) as metrics, counting_bar("training", steps) as show:
+        for last in run:
+            measured = last.step % batches.steps_per_epoch == 0 or last.step == steps
+            metrics.add(last, measured=measured)
+            show(last.step, _told(last, depth))
+            if measured:
+                _report(last, batches.steps_per_epoch, out)
+    save_draft(draft, model.processor, out)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return Trained(
+        out=str(out),
+        steps=steps,
+        epochs=steps / batches.steps_per_epoch,
+        examples=len(found.examples),
+        truncated=found.truncated,
+        left_out=found.left_out,
+        loss=None if last is None else last.loss,
+        agreement=None if last is None else last.agreement,
+        tau=None if last is None else last.tau,
+    )
+
+
+def measured_tau(
+    model: SpecVLM, draft: Draft, encoder: Encoder, prompts: Sequence[Example], max_new_tokens: int
+) -> float:
+    """Tokens a round over the answers to the first question of each, greedy; 0 where all are of one token."""
+    emitted = rounds = 0.0
+    for prompt in prompts:
+        inputs = encoder.question(prompt, 0)
+        room = min(max_new_tokens, encoder.context - inputs["input_ids"].shape[1])
+        if room > 1:
+            stats = model.generate(**inputs, max_new_tokens=room, draft=draft).stats
+            emitted += stats.tau * stats.rounds
+            rounds += stats.rounds
+    return emitted / rounds if rounds else 0.0
+
+
+def _about(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]:
+    """What of the data and their reading makes a run the one it is."""
+    return {"examples": fingerprint(examples)} | {name: getattr(config, name) for name in _SETTINGS}
+
+
+def _told(at: Progress, depth: int) -> str:
+    tau = f"tau {at.tau:.2f}" if at.tau is not None else f"tau about {tau_estimate(at.agreement, depth):.1f}"
+    return f"loss {at.loss:.4f}  agrees {at.agreement:.0%}  {tau}"
+
+
+def _report(at: Progress, steps_per_epoch: int, out: Path) -> None:
+    """A line an epoch, and the plots anew."""
+    notes = screen(stderr=True)
+    tau = "" if at.tau is None else f", tau {at.tau:.2f}"
+    notes.print(f"epoch {at.step / steps_per_epoch:.2f}: loss {at.loss:.4f}, agrees {at.agreement:.1%}{tau}")
+    try:
+        draw_plots(out / METRICS, out)
+    except ValueError as error:
+        if at.step == at.steps:
+            notes.print(str(error))

@@ -1,0 +1,114 @@
+"""Drafts to be trained: fresh heads with a target's sizes, a small model made of its layers, or one to go on from."""
+
+import json
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedModel
+
+from specvlm.compressors import compressor_config
+from specvlm.config import TrainConfig
+from specvlm.drafts import (
+    Draft,
+    Eagle3Config,
+    Eagle3Draft,
+    Eagle3Head,
+    EagleConfig,
+    EagleDraft,
+    EagleHead,
+    VLMDraft,
+    load_draft,
+)
+from specvlm.targets.base import Target
+from specvlm.vocabulary import read_vocabulary
+
+#: Which of a target's layers a small model begins with.
+LAYERS: Final = (0, -1)
+
+
+def new_draft(config: TrainConfig, target: Target, seed: int) -> Draft:
+    """The draft that `config` asks for, bound to `target`; fresh weights follow from the seed.
+
+    Raises:
+        ValueError: there is no such draft, it does not fit the target, or an option is for other drafts.
+    """
+    torch.manual_seed(seed)
+    if config.draft in ("eagle", "eagle3"):
+        draft = _fresh_head(config, target)
+    else:
+        for name in ("intermediate_size", "compressor"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name}: expected none but for a fresh head, got {getattr(config, name)}")
+        draft = VLMDraft(shallow_model(target.model)) if config.draft == "vlm" else load_draft(config.draft)
+        if config.vocabulary is not None:
+            if not isinstance(draft, EagleDraft | Eagle3Draft):
+                raise ValueError(f"vocabulary: expected none but for a head, got {config.vocabulary}")
+            draft = draft.with_vocabulary(read_vocabulary(config.vocabulary, target.spec))
+    draft.bind(target)
+    return draft
+
+
+def _fresh_head(config: TrainConfig, target: Target) -> Draft:
+    spec = target.spec
+    width = config.intermediate_size or target.model.config.text_config.intermediate_size
+    ids = None if config.vocabulary is None else read_vocabulary(config.vocabulary, spec)
+    compressor = None if config.compressor is None else compressor_config(_compressor_settings(config.compressor))
+    if config.draft == "eagle":
+        sizes = EagleConfig.for_target(spec, width, input_layernorm=True)
+        draft = EagleDraft(EagleHead(replace(sizes, compressor=compressor)))
+        return draft if ids is None else draft.with_vocabulary(ids)
+    ids = sorted(set(range(spec.vocab_size)) - spec.media_ids) if ids is None else ids
+    head = Eagle3Head(replace(Eagle3Config.for_target(spec, width, len(ids)), compressor=compressor))
+    head.set_vocabulary(torch.tensor(ids))
+    return Eagle3Draft(head)
+
+
+def _compressor_settings(told: str) -> Any:
+    """A kind alone, or a JSON object."""
+    if not told.startswith("{"):
+        return {"kind": told}
+    try:
+        return json.loads(told)
+    except ValueError as error:
+        raise ValueError(f"compressor: expected a kind or a JSON object, got {told!r}") from error
+
+
+def shallow_model(target: PreTrainedModel) -> PreTrainedModel:
+    """The target without most of its layers, as a model of its own."""
+    config = deepcopy(target.config)
+    config.text_config.num_hidden_layers = len(LAYERS)
+    if getattr(config.text_config, "layer_types", None) is not None:
+        config.text_config.layer_types = [config.text_config.layer_types[layer] for layer in LAYERS]
+    model = type(target)(config)
+    layers = [target.model.language_model.layers[layer] for layer in LAYERS]
+    kept = {name: weight for name, weight in target.state_dict().items() if ".layers." not in name or "vision" in name}
+    for number, layer in enumerate(layers):
+        prefix = f"model.language_model.layers.{number}"
+        kept |= {f"{prefix}.{name}": weight for name, weight in layer.state_dict().items()}
+    model.load_state_dict(kept)
+    model.generation_config = deepcopy(target.generation_config)
+    return model
+
+
+def save_draft(draft: Any, processor: Any, out: Path) -> None:
+    """Writes a trained draft into `out`, where other files may lie; its config.json, by which it is known, comes last.
+
+    Args:
+        processor: the target's, which goes with a small model.
+    """
+    if not isinstance(draft, VLMDraft):
+        draft.save_pretrained(out)
+        return
+    part = out / "model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    draft.model.save_pretrained(part)
+    processor.save_pretrained(part)
+    for file in sorted(part.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+        file.chmod(0o644)
+        os.replace(file, out / file.name)
+    part.rmdir()
