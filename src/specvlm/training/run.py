@@ -1,6 +1,6 @@
 """`specvlm train` from its settings to a draft in a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,12 +15,12 @@ from specvlm.loading import load
 from specvlm.memory import free_bytes
 from specvlm.policies import default_plan
 from specvlm.targets.hf import HFTarget
-from specvlm.training.data import Batches, PictureCache, fingerprint, split, survey
+from specvlm.training.data import Batches, PictureCache, Survey, fingerprint, split, survey
 from specvlm.training.distill import Progress, distill, target_identity
 from specvlm.training.encoding import Encoder
 from specvlm.training.generating import generate_answers, with_answers
 from specvlm.training.objectives import DistillConfig
-from specvlm.training.ranks import start_ranks
+from specvlm.training.ranks import Ranks, start_ranks
 from specvlm.training.records import QUESTION, Example, read_examples
 from specvlm.training.students import new_draft, save_draft
 from specvlm.training.watching import Metrics, draw_plots, tau_estimate
@@ -66,77 +66,103 @@ def train(config: TrainConfig, recipe: Recipe) -> Trained | None:
     if (out / "config.json").exists() and not (out / CHECKPOINT).exists():
         raise ValueError(f"out: expected a folder without a finished draft, got {out}, which holds one")
     ranks, device = start_ranks(config.device)
-    accumulate = config.batch // config.micro_batch
-    if accumulate % ranks.size:
+    if config.batch % (config.micro_batch * ranks.size):
         raise ValueError(
             f"batch: expected a multiple of {config.micro_batch} examples in each of {ranks.size} processes, "
             f"got {config.batch}"
         )
     model = load(config.target, dtype=config.dtype, device=device)
-    target = cast(HFTarget, model.target)
-    encoder = Encoder(model.processor, target)
-    pictures = None if config.pictures is None else Path(config.pictures)
-    examples = read_examples(Path(config.data), pictures=pictures, question=config.question or QUESTION)
-    parts, about = split(examples, config.held_out), _about(config, examples)
-    draft = new_draft(config, target, recipe.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    training = parts.training
-    if config.self_generate:
-        if ranks.leads:
-            with counting_bar("answering", len(training)) as show:
-                asked: dict[str, Any] = {
-                    "max_new_tokens": config.max_new_tokens,
-                    "about": {"examples": fingerprint(training), "target": target_identity(target)},
-                }
-                generate_answers(model, encoder, training, out / ANSWERS, show=show, **asked)
-        ranks.told("answers are there")
-        training = with_answers(training, out / ANSWERS)
-    with counting_bar("reading", len(training), shown=ranks.leads) as show:
-        found = survey(training, encoder, refuse_long=config.refuse_long, show=show)
-    sees = isinstance(draft, VLMDraft) and draft.sees  # itself, for which the target's rows are of no use
-    cache = None if sees else PictureCache(target, encoder, free_bytes(torch.device("cpu")) // (4 * ranks.size))
-    batches = Batches(found, encoder, size=config.micro_batch, per_step=accumulate, seed=recipe.seed, cache=cache)
-    steps = config.steps or config.epochs * batches.steps_per_epoch
-    prompts = parts.held_out[: config.tau_prompts]
+    work = _prepare(config, recipe, ranks, model)
+    target, each = cast(HFTarget, model.target), work.batches.steps_per_epoch
+    steps = config.steps or config.epochs * each
+
+    def tau() -> float:
+        return measured_tau(model, work.draft, work.encoder, work.prompts, config.max_new_tokens)
+
     run = distill(
         target,
-        draft,
-        batches,
-        DistillConfig(**asdict(recipe), steps=steps, accumulate=accumulate),
+        work.draft,
+        work.batches,
+        DistillConfig(**asdict(recipe), steps=steps, accumulate=config.batch // config.micro_batch),
         checkpoint=out / CHECKPOINT,
-        about=about,
-        measure_tau=(lambda: measured_tau(model, draft, encoder, prompts, config.max_new_tokens)) if prompts else None,
-        tau_every=batches.steps_per_epoch,
+        about=work.about,
+        measure_tau=tau if work.prompts else None,
+        tau_every=each,
     )
     if not ranks.leads:
         for _ in run:
             pass
         return None
-    if found.truncated or found.left_out:
+    last = _watch(run, steps, each, out, default_plan(target.spec.device).depth)
+    save_draft(work.draft, model.processor, out)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    found = work.found
+    numbers = (None, None, None) if last is None else (last.loss, last.agreement, last.tau)
+    return Trained(str(out), steps, steps / each, len(found.examples), found.truncated, found.left_out, *numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a training needs besides its target.
+
+    Attributes:
+        draft: what learns.
+        found, batches: from what.
+        prompts: what tau is measured on.
+        about: what of the data makes this run the one it is.
+    """
+
+    draft: Draft
+    encoder: Encoder
+    found: Survey
+    batches: Batches
+    prompts: list[Example]
+    about: dict[str, Any]
+
+
+def _prepare(config: TrainConfig, recipe: Recipe, ranks: Ranks, model: SpecVLM) -> _Work:
+    """Reads the data, has the target answer if it is to, and makes the draft."""
+    target, out = cast(HFTarget, model.target), Path(config.out)
+    encoder = Encoder(model.processor, target)
+    pictures = None if config.pictures is None else Path(config.pictures)
+    examples = read_examples(Path(config.data), pictures=pictures, question=config.question or QUESTION)
+    parts = split(examples, config.held_out)
+    draft = new_draft(config, target, recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    training = parts.training
+    if config.self_generate:
+        if ranks.leads:
+            about = {"examples": fingerprint(training), "target": target_identity(target)}
+            limit = config.max_new_tokens
+            with counting_bar("answering", len(training)) as show:
+                path = out / ANSWERS
+                generate_answers(model, encoder, training, path, max_new_tokens=limit, about=about, show=show)
+        ranks.told("answers are there")
+        training = with_answers(training, out / ANSWERS)
+    with counting_bar("reading", len(training), shown=ranks.leads) as show:
+        found = survey(training, encoder, refuse_long=config.refuse_long, show=show)
+    if ranks.leads and (found.truncated or found.left_out):
         note = f"{found.truncated} examples cut at the context of {encoder.context} tokens, {found.left_out} left out"
         screen(stderr=True).print(note)
+    sees = isinstance(draft, VLMDraft) and draft.sees  # itself, for which the target's rows are of no use
+    cache = None if sees else PictureCache(target, encoder, free_bytes(torch.device("cpu")) // (4 * ranks.size))
+    per_step = config.batch // config.micro_batch
+    batches = Batches(found, encoder, size=config.micro_batch, per_step=per_step, seed=recipe.seed, cache=cache)
+    about = {"examples": fingerprint(examples)} | {name: getattr(config, name) for name in _SETTINGS}
+    return _Work(draft, encoder, found, batches, parts.held_out[: config.tau_prompts], about)
+
+
+def _watch(run: Iterable[Progress], steps: int, steps_per_epoch: int, out: Path, depth: int) -> Progress | None:
+    """Takes a training to its end: a bar on the screen, a line an epoch, metrics.jsonl and the plots."""
     last: Progress | None = None
-    depth = default_plan(target.spec.device).depth
-    with Metrics(out / METRICS, batches.steps_per_epoch) as metrics, counting_bar("training", steps) as show:
+    with Metrics(out / METRICS, steps_per_epoch) as metrics, counting_bar("training", steps) as show:
         for last in run:
-            measured = last.step % batches.steps_per_epoch == 0 or last.step == steps
+            measured = last.step % steps_per_epoch == 0 or last.step == steps
             metrics.add(last, measured=measured)
             show(last.step, _told(last, depth))
             if measured:
-                _report(last, batches.steps_per_epoch, out)
-    save_draft(draft, model.processor, out)
-    (out / CHECKPOINT).unlink(missing_ok=True)
-    return Trained(
-        out=str(out),
-        steps=steps,
-        epochs=steps / batches.steps_per_epoch,
-        examples=len(found.examples),
-        truncated=found.truncated,
-        left_out=found.left_out,
-        loss=None if last is None else last.loss,
-        agreement=None if last is None else last.agreement,
-        tau=None if last is None else last.tau,
-    )
+                _report(last, steps_per_epoch, out)
+    return last
 
 
 def measured_tau(
@@ -152,11 +178,6 @@ def measured_tau(
             emitted += stats.tau * stats.rounds
             rounds += stats.rounds
     return emitted / rounds if rounds else 0.0
-
-
-def _about(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]:
-    """What of the data and their reading makes a run the one it is."""
-    return {"examples": fingerprint(examples)} | {name: getattr(config, name) for name in _SETTINGS}
 
 
 def _told(at: Progress, depth: int) -> str:
