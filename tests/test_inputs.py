@@ -308,7 +308,7 @@ def test_a_folder_that_is_no_draft(saved, specvlm, tmp_path):
     with pytest.raises(ValueError, match=r"draft: expected .*config.json to be a JSON object with a draft_type"):
         load(saved, draft=tmp_path)
     for settings, message in (
-        ("{}", r"draft_type: expected 'eagle' or 'eagle3', got None in .*config.json"),
+        ("{}", r"draft_type: expected 'eagle' or 'eagle3' or 'block', got None in .*config.json"),
         ('{"model_type": "opt"}', r"model_type: expected 'llava' or .*'qwen2' of a draft, got 'opt' in .*config.json"),
     ):
         (tmp_path / "config.json").write_text(settings)

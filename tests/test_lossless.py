@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from specvlm import SpecVLM
 from specvlm.compressors import ViSpecConfig
 from specvlm.drafts import (
+    BlockConfig,
+    BlockDraft,
+    BlockHead,
     Draft,
     Eagle3Config,
     Eagle3Draft,
@@ -55,6 +58,7 @@ def drafts(answer: list[int], target: HFTarget) -> dict[str, Draft]:
         ),
         "eagle with the n-gram": JoinedDraft(EagleDraft(EagleHead(EagleConfig.for_target(spec, 64)))),
         "eagle3": eagle3(spec),
+        "block": BlockDraft(BlockHead(BlockConfig.for_target(spec, 64, block_size=5, num_hidden_layers=1))),
         "vlm": VLMDraft(small),
         "ngram": NGramDraft(),
         "knows": ScriptedDraft(answer, depth=5),

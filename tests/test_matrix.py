@@ -11,6 +11,9 @@ from specvlm import SpecVLM
 from specvlm.compressors import TextOnlyConfig, ViSpecConfig
 from specvlm.cost_aware import CostAware, Costs
 from specvlm.drafts import (
+    BlockConfig,
+    BlockDraft,
+    BlockHead,
     Draft,
     Eagle3Config,
     Eagle3Draft,
@@ -73,6 +76,11 @@ def with_ngram(target: HFTarget, policy: TreePolicy) -> Draft:
     return JoinedDraft(eagle3(target, policy))
 
 
+def block(target: HFTarget, policy: TreePolicy) -> Draft:
+    """One whose block ends before most of the trees would."""
+    return BlockDraft(BlockHead(BlockConfig.for_target(target.spec, 64, block_size=5, num_hidden_layers=1)), policy)
+
+
 def vlm(target: HFTarget, policy: TreePolicy) -> Draft:
     family = target.model.config.model_type
     return VLMDraft(tiny_llava(family, num_hidden_layers=1, seed=5), policy)
@@ -92,6 +100,7 @@ DRAFTS = {
     "eagle3 with the n-gram": with_ngram,
     "vlm": vlm,
     "vlm of text alone": language_model,
+    "block": block,
 }
 
 CELLS = list(product(DRAFTS, POLICIES, (0.0, 1.0)))

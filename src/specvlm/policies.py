@@ -126,6 +126,8 @@ class TreePolicy(ABC):
 
     #: Whether `plan` reads what past rounds told; if not, no tree is copied to the host.
     looks_back: bool = True
+    #: Whether its plans are `FreePlan`s, which ask for more nodes than a draft that keeps their KV can expand.
+    free: bool = False
 
     @abstractmethod
     def plan(self, history: History) -> Plan:
@@ -209,7 +211,7 @@ class FixedShape(TreePolicy):
 
     def select(self, candidates: Candidates, plan: Plan) -> DraftTree:
         kept = candidates.scores.clone()
-        for level, width in enumerate(self.widths, start=1):
+        for level, width in enumerate(self.widths[: len(candidates.sizes)], start=1):
             where = candidates.level(level)
             if level > 1:  # what is left out takes its children with it
                 above = kept.gather(1, candidates.parents[:, where])

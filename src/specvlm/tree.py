@@ -113,10 +113,23 @@ class Plan:
         check_int("nodes", self.nodes, low=1, high=BUCKETS[-1])
         check_int("depth", self.depth, low=1, high=BUCKETS[-1])
         check_int("width", self.width, low=1, high=MOST_CHILDREN)
+        self.check_room()
+
+    def check_room(self) -> None:
+        """Checks that a draft's slab has room for the KV of the nodes that it expands."""
         if (self.depth - 1) * self.width > BUCKETS[-1]:
             raise ValueError(
                 f"width: expected (depth - 1) * width of at most {BUCKETS[-1]}, got {self.depth - 1} * {self.width}"
             )
+
+
+class FreePlan(Plan):
+    """A plan for a draft that expands nodes without storing them: its levels may be as wide as they like."""
+
+    __slots__ = ()
+
+    def check_room(self) -> None:
+        """There is nothing to make room for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import VLMDraft
-from specvlm.drafts.pairs import HeadConfig, PairDraft
+from specvlm.drafts.heads import HeadConfig, HeadDraft
+from specvlm.drafts.pairs import PairDraft
 from specvlm.policies import History, TreePolicy
 from specvlm.state import Limits, Sampling
 from specvlm.tree import Beam, DraftTree, Growth, Plan, tree_from_lists
@@ -23,6 +24,14 @@ def rms_norm(values: Tensor, scale: Tensor, config: HeadConfig) -> Tensor:
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * scale
 
 
+def rotated(values: Tensor, positions: Tensor, config: HeadConfig) -> Tensor:
+    """Heads [T, heads, D] turned to where they stand."""
+    angle = positions[:, None] / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    first, second = values.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 def attention(
     entering: Tensor, weights: dict[str, Tensor], config: HeadConfig, positions: Tensor | None = None
 ) -> Tensor:
@@ -34,17 +43,12 @@ def attention(
     length, dim = len(entering), config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     at = torch.arange(length) if positions is None else positions
-    angle = at[:, None] / config.rope_theta ** (torch.arange(0, dim, 2) / dim)  # [T, D/2]
-
-    def rotated(values: Tensor) -> Tensor:
-        first, second = values.chunk(2, dim=-1)
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     def heads_of(name: str, count: int) -> Tensor:
         return (entering @ weights[f"self_attn.{name}.weight"].T).view(length, count, dim)
 
-    q, k, v = rotated(heads_of("q_proj", heads)), rotated(heads_of("k_proj", kv_heads)), heads_of("v_proj", kv_heads)
+    q, k = (rotated(heads_of(name, count), at, config) for name, count in (("q_proj", heads), ("k_proj", kv_heads)))
+    v = heads_of("v_proj", kv_heads)
     k, v = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5
     later = torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
@@ -57,7 +61,7 @@ def gated(values: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return (gate * (values @ weights["mlp.up_proj.weight"].T)) @ weights["mlp.down_proj.weight"].T
 
 
-def layer_weights(draft: PairDraft, prefix: str) -> dict[str, Tensor]:
+def layer_weights(draft: HeadDraft, prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix`, by the rest of their names."""
     return {
         name.removeprefix(prefix): tensor for name, tensor in draft.head.state_dict().items() if name.startswith(prefix)
@@ -80,7 +84,7 @@ class Pausing(TreePolicy):
         return self._plan.width
 
 
-def recorded(draft: PairDraft | VLMDraft, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Beam]]:
+def recorded(draft: HeadDraft | VLMDraft, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Beam]]:
     """Lists that the draft's logits and the beams of its trees go to from now on."""
     logits: list[Tensor] = []
     beams: list[Beam] = []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from specvlm.demo import HEAD_DIR, SMALL_DIR
 from specvlm.drafts.base import Draft, DraftSession, NoDraft
+from specvlm.drafts.block import BlockConfig, BlockDraft, BlockHead
 from specvlm.drafts.eagle import EagleConfig, EagleDraft, EagleHead
 from specvlm.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Head
 from specvlm.drafts.joined import JoinedDraft
@@ -23,11 +24,15 @@ BY_NAME: dict[str, Callable[[], Draft]] = {
 BY_TYPE: dict[str, Callable[[Path], Draft]] = {
     "eagle": EagleDraft.from_pretrained,
     "eagle3": Eagle3Draft.from_pretrained,
+    "block": BlockDraft.from_pretrained,
 }
 
 __all__ = [
     "BY_NAME",
     "BY_TYPE",
+    "BlockConfig",
+    "BlockDraft",
+    "BlockHead",
     "Draft",
     "DraftSession",
     "Eagle3Config",

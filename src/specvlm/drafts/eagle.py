@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like
+from specvlm.drafts.heads import sizes_like
+from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 from specvlm.vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EagleConfig(HeadConfig):
+class EagleConfig(PairConfig):
     """Sizes of a head, besides those of every head.
 
     Attributes:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from specvlm.checks import check_int
-from specvlm.drafts.pairs import HeadConfig, PairDraft, PairHead, Pairs, sizes_like
+from specvlm.drafts.heads import checked_taps, sizes_like
+from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Config(HeadConfig):
+class Eagle3Config(PairConfig):
     """Sizes of a head, besides those of every head.
 
     Attributes:
@@ -37,14 +37,8 @@ class Eagle3Config(HeadConfig):
     taps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        HeadConfig.__post_init__(self)  # super() does not know a slotted dataclass
-        if not isinstance(self.taps, list | tuple) or not self.taps:
-            raise ValueError(f"taps: expected one layer or more, got {self.taps!r}")
-        object.__setattr__(self, "taps", tuple(self.taps))
-        for tap in self.taps:
-            check_int("taps", tap, low=0)
-        if list(self.taps) != sorted(self.taps):
-            raise ValueError(f"taps: expected layers from low to high, got {list(self.taps)}")
+        PairConfig.__post_init__(self)  # super() does not know a slotted dataclass
+        object.__setattr__(self, "taps", checked_taps(self.taps))
 
     @classmethod
     def for_target(
@@ -176,8 +170,6 @@ class Eagle3Draft(PairDraft):
 
     def check_fit(self, spec: TargetSpec) -> None:
         by_d2t, by_t2d = self.head.vocabulary.tolist(), self.head.t2d.nonzero()[:, 0].tolist()
-        if self.taps[-1] >= spec.num_layers:
-            raise ValueError(f"eagle3 taps: expected layers below {spec.num_layers}, got {list(self.taps)}")
         if outside := [token for token in by_d2t if not 0 <= token < spec.vocab_size]:
             raise ValueError(f"eagle3 d2t: expected tokens in [0, {spec.vocab_size}), got {outside[0]}")
         if len(by_t2d) != len(by_d2t):

@@ -127,6 +127,27 @@ def merged(steps: Sequence[Step]) -> list[Step]:
     return found
 
 
+def check_policy(
+    policy: TreePolicy, device: torch.device, tokens: int, among: str, *, stores_trees: bool = True
+) -> None:
+    """Checks that a draft can grow the trees of `policy` on `device`.
+
+    Args:
+        tokens, among: how many tokens it can propose, and how a message calls them.
+        stores_trees: the draft keeps the KV of the nodes that it expands.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if policy.free and stores_trees:
+        raise ValueError(
+            f"policy: expected one whose levels a draft's KV has room for, got {type(policy).__name__}, which is for "
+            "block drafts"
+        )
+    if (width := policy.widest(device)) > tokens:
+        raise ValueError(f"width: expected at most the {among}, got {width}")
+
+
 def draft_slab(state: DecodeState, layers: int, kv_heads: int, head_dim: int) -> Tensor:
     """Room [layers, 2, B, kv_heads, S, head_dim] for a draft's KV of one answer, as long as the target's.
 

@@ -7,69 +7,39 @@ whose features are the head's outputs, and drops it. What of a prompt's pictures
 Source: EAGLE (Li et al., 2024).
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, LlamaConfig
+from torch import Tensor
+from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from specvlm.checks import check_int, check_number
+from specvlm.checks import check_int
 from specvlm.compressors import Compressor, CompressorConfig, compressor_config
-from specvlm.drafts.folder import load_strictly, read_folder, write_folder
 from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
-from specvlm.policies import Eagle2, TreePolicy
+from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
-from specvlm.targets.base import Prompt, Target, TargetSpec
-from specvlm.targets.hf_attention import ATTENTION, AttentionStep
+from specvlm.targets.base import Prompt
+from specvlm.targets.hf_attention import AttentionStep
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
-from specvlm_kernels.tree_attention import HEAD_DIMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadConfig:
-    """Sizes of a head; hidden_size and vocab_size are the target's.
+class PairConfig(HeadConfig):
+    """Sizes of a head, besides those of every head.
 
     Attributes:
         draft_vocab_size: how many of the target's tokens the head can propose; None: all.
         compressor: what of a prompt's pictures it reads, or that config's settings by name; None: all there is.
-
-    Raises:
-        ValueError, TypeError: a size that is out of its range or no number, by name.
     """
 
-    hidden_size: int
-    vocab_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
     draft_vocab_size: int | None = None
     compressor: CompressorConfig | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings"):
-            check_int(name, getattr(self, name), low=1)
-        check_int("num_attention_heads", self.num_attention_heads, low=1)
-        check_int("num_key_value_heads", self.num_key_value_heads, low=1, high=self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads: expected a divisor of {self.num_attention_heads}, got {self.num_key_value_heads}"
-            )
-        check_int("head_dim", self.head_dim, low=HEAD_DIMS[0], high=HEAD_DIMS[1])
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            check_number(name, getattr(self, name))
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
+        HeadConfig.__post_init__(self)  # super() does not know a slotted dataclass
         if self.draft_vocab_size is not None:
             check_int("draft_vocab_size", self.draft_vocab_size, low=1, high=self.vocab_size)
         if self.compressor is not None:
@@ -77,41 +47,13 @@ class HeadConfig:
 
     def settings(self) -> dict[str, Any]:
         """The fields by name, as JSON holds them."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        compressor = self.compressor
+        told, compressor = HeadConfig.settings(self), self.compressor
         return told | ({"compressor": compressor.settings()} if isinstance(compressor, CompressorConfig) else {})
 
     @property
     def proposable(self) -> int:
         """How many tokens the head can propose."""
         return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
-
-    def layer(self) -> LlamaConfig:
-        """The decoder layer's settings, for transformers' modules."""
-        made = LlamaConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            rms_norm_eps=self.rms_norm_eps,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-        )
-        made._attn_implementation = ATTENTION
-        return made
-
-
-def sizes_like(spec: TargetSpec) -> dict[str, Any]:
-    """The sizes that a head takes over from its target: widths, attention heads, context."""
-    return {
-        "hidden_size": spec.hidden_size,
-        "vocab_size": spec.vocab_size,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.context,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +72,17 @@ class Pairs:
     direct: Tensor | None = None
 
 
-class PairHead(nn.Module):
+class PairHead(Head):
     """A head's weights; its tensors have the names of EAGLE's published checkpoints.
 
     Args:
         config: its sizes.
     """
 
-    config: HeadConfig
+    config: PairConfig
 
-    def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: PairConfig) -> None:
+        super().__init__(config)
         self.rotary = LlamaRotaryEmbedding(config.layer())
         compressor = config.compressor
         self.compressor = (
@@ -176,103 +117,19 @@ class PairHead(nn.Module):
         raise NotImplementedError
 
 
-class PairDraft:
-    """A head as a draft.
+class PairDraft(HeadDraft):
+    """A head on pairs as a draft.
 
     Args:
         head: the weights.
         policy: the trees' shape; None: EAGLE-2's, of 8 nodes and depth 5 on a CPU, 64 and 6 on a GPU.
-        shared_noise: choose candidates under the target's own sampling noise; False is the usual tree, whose
-            candidates are the likeliest tokens whatever the target is about to draw.
+        shared_noise: as in `HeadDraft`.
     """
 
-    #: Its name on disk and in messages, and what it is read into.
-    kind: ClassVar[str]
-    config_class: ClassVar[type[HeadConfig]]
+    config_class: ClassVar[type[PairConfig]]
     head_class: ClassVar[type[PairHead]]
 
     head: PairHead
-    #: What `bind` bound it to, and the ids that it never proposes there.
-    target: Target
-    exclude: Tensor
-
-    def __init__(self, head: PairHead, policy: TreePolicy | None = None, shared_noise: bool = True) -> None:
-        self.head = head.eval()
-        self.policy = policy or Eagle2()
-        self.shared_noise = shared_noise
-        self._place: tuple[torch.device, torch.dtype] | None = None
-        self._fitted: Any = None
-
-    @property
-    def taps(self) -> tuple[int, ...] | None:
-        """The target's post-final-norm states, unless a head reads others."""
-        return None
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, policy: TreePolicy | None = None, shared_noise: bool = True) -> Self:
-        """Reads a head that `save_pretrained` wrote.
-
-        Raises:
-            ValueError: the config or a tensor is missing, unexpected or misshapen; all are named.
-        """
-        config, tensors = read_folder(Path(folder), draft_type=cls.kind, config_class=cls.config_class)
-        head = cls.head_class(config)
-        load_strictly(head, tensors, str(folder))
-        return cls(head, policy, shared_noise)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, whole or not at all."""
-        write_folder(
-            Path(folder), draft_type=self.kind, config=self.head.config.settings(), tensors=self.head.state_dict()
-        )
-
-    def bind(self, target: Target) -> None:
-        """Fits the head to the target, on its device and in its dtype; it serves one target at a time.
-
-        Its heads, its width inside and its KV are its own, and need not be the target's.
-
-        Raises:
-            ValueError: naming what does not fit (a size, ids that the head may propose), or a target of another device
-                or dtype than the one it was bound to before.
-        """
-        spec = target.spec
-        self._check_sizes(spec)
-        place = spec.device, spec.dtype
-        if self._place not in (None, place):
-            raise ValueError(f"{self.kind}: expected a target on {self._place}, where the head is, got one on {place}")
-        if target.model is not self._fitted:  # every answer binds, and most to the model before
-            self.check_fit(spec)
-            self._place = place
-            self.head.to(spec.device)
-            for part in self.head.children():
-                if part is not self.head.rotary:  # its frequencies stay in fp32
-                    part.to(spec.dtype)
-            self.exclude = torch.tensor(sorted(spec.media_ids), dtype=torch.int64, device=spec.device)
-            self.fit(target)
-            self._fitted = target.model
-        self.target = target
-
-    def check_fit(self, spec: TargetSpec) -> None:
-        """Raises a ValueError that names what besides its sizes keeps the head from serving a target of `spec`."""
-
-    def fit(self, target: Target) -> None:
-        """Makes what the head needs of a target that it has not served before."""
-
-    def _check_sizes(self, spec: TargetSpec) -> None:
-        config = self.head.config
-        for name, wanted in (("hidden_size", spec.hidden_size), ("vocab_size", spec.vocab_size)):
-            if getattr(config, name) != wanted:
-                raise ValueError(f"{self.kind} {name}: expected the target's {wanted}, got {getattr(config, name)}")
-        width = self.policy.widest(spec.device)
-        if width > config.proposable:
-            raise ValueError(
-                f"width: expected at most the {config.proposable} tokens that the head can propose, got {width}"
-            )
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What its speed hangs on."""
-        return self.head.config.settings()
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
+from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of
 from specvlm.policies import Eagle2, TreePolicy
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
@@ -116,8 +116,7 @@ class VLMDraft:
         spec = target.spec
         if (size := self.model.lm_head.out_features) != spec.vocab_size:
             raise ValueError(f"vlm vocab_size: expected the target's {spec.vocab_size}, got {size}")
-        if (width := self.policy.widest(spec.device)) > size:
-            raise ValueError(f"width: expected at most the {size} tokens of the vocabulary, got {width}")
+        check_policy(self.policy, spec.device, size, f"{size} tokens of the vocabulary")
         place = spec.device, spec.dtype
         if self._place not in (None, place):
             raise ValueError(f"vlm: expected a target on {self._place}, where the draft is, got one on {place}")

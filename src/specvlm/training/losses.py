@@ -24,7 +24,9 @@ class Losses:
     agreement: Tensor
 
 
-def logit_losses(logits: Tensor, teacher_logits: Tensor, vocabulary: Tensor | None = None) -> Losses:
+def logit_losses(
+    logits: Tensor, teacher_logits: Tensor, vocabulary: Tensor | None = None, *, weights: Tensor | None = None
+) -> Losses:
     """The draft's distribution against the teacher's; the feature loss is 0.
 
     Args:
@@ -32,12 +34,14 @@ def logit_losses(logits: Tensor, teacher_logits: Tensor, vocabulary: Tensor | No
         teacher_logits: [R, V].
         vocabulary: [r] int64 the teacher's tokens that the draft's are, which the teacher's distribution is confined
             to; None: r = V.
+        weights: [R] of the rows in the cross-entropy's mean; None: all alike, as they are in the agreement.
     """
-    rows = max(len(logits), 1)
     best = logits.argmax(-1) if vocabulary is None else vocabulary[logits.argmax(-1)]
-    agreement = (best == teacher_logits.argmax(-1)).sum() / rows
+    agreement = (best == teacher_logits.argmax(-1)).sum() / max(len(logits), 1)
     confined = teacher_logits if vocabulary is None else teacher_logits[:, vocabulary]
-    cross_entropy = soft_cross_entropy(logits, confined).sum() / rows
+    of_rows = soft_cross_entropy(logits, confined)
+    weights = torch.ones_like(of_rows) if weights is None else weights
+    cross_entropy = (weights * of_rows).sum() / (weights.sum() if len(weights) else 1)
     return Losses(cross_entropy, cross_entropy.new_zeros(()), agreement)
 
 
