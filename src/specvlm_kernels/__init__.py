@@ -7,15 +7,22 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 from .acceptance import Accepted, accept, draw
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
+from .token_pooling import conv_tokens, pool_tokens
+from .token_pruning import prune_tokens
+from .token_resampling import resample_tokens
 from .tree_attention import pack_ancestors, tree_attention
 
 __all__ = [
     "Accepted",
     "accept",
     "compact_kv",
+    "conv_tokens",
     "draft_topk",
     "draw",
     "pack_ancestors",
+    "pool_tokens",
+    "prune_tokens",
+    "resample_tokens",
     "tree_attention",
     "write_kv",
 ]

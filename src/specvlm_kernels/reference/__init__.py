@@ -6,15 +6,20 @@ What the kernels are tested against, and what serves on CPU. They compute in max
 from .acceptance import Accepted, accept, draw
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
+from .token_pooling import conv_tokens, pool_tokens, prune_tokens, resample_tokens
 from .tree_attention import pack_ancestors, tree_attention
 
 __all__ = [
     "Accepted",
     "accept",
     "compact_kv",
+    "conv_tokens",
     "draft_topk",
     "draw",
     "pack_ancestors",
+    "pool_tokens",
+    "prune_tokens",
+    "resample_tokens",
     "tree_attention",
     "write_kv",
 ]
