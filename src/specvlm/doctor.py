@@ -231,6 +231,21 @@ def _loss_arguments(dtype: torch.dtype) -> Arguments:
     }
 
 
+def _grid_arguments(dtype: torch.dtype) -> Arguments:
+    """Two grids whose lower and right edges are ragged."""
+    return {"x": _randn(2, 77, 40, dtype=dtype), "grid": (7, 11), "stride": 3}
+
+
+def _conv_arguments(dtype: torch.dtype) -> Arguments:
+    weights = {"weight": _randn(40, 4, 4, seed=1).div(8).to(dtype), "bias": _randn(40, dtype=dtype, seed=2)}
+    return _grid_arguments(dtype) | weights
+
+
+def _resample_arguments(dtype: torch.dtype) -> Arguments:
+    weights = {name: _randn(60, 40, seed=i).div(8).to(dtype) for i, name in enumerate(("key_weight", "value_weight"))}
+    return {"x": _randn(2, 77, 40, dtype=dtype), "queries": _randn(2, 3, 20, dtype=dtype, seed=3)} | weights
+
+
 CASES: Final = (
     Case("pack_ancestors", lambda dtype: {"parents": _PARENTS}),
     Case("tree_attention", _attention_arguments),
@@ -247,6 +262,13 @@ CASES: Final = (
     Case("total_variation", _loss_arguments, learned=("logits",)),
     Case("write_kv", _write_arguments, changed=("k_cache", "v_cache")),
     Case("compact_kv", _compact_arguments, changed=("cache",)),
+    Case("pool_tokens", _grid_arguments),
+    Case("conv_tokens", _conv_arguments),
+    Case(
+        "prune_tokens",
+        lambda dtype: {"x": _randn(2, 77, 40, dtype=dtype), "scores": _randn(2, 77, dtype=dtype, seed=1), "keep": 20},
+    ),
+    Case("resample_tokens", _resample_arguments),
 )
 
 

@@ -8,15 +8,22 @@ from .acceptance import Accepted, accept, draw
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
+from .token_pooling import conv_tokens, pool_tokens
+from .token_pruning import prune_tokens
+from .token_resampling import resample_tokens
 from .tree_attention import pack_ancestors, tree_attention
 
 __all__ = [
     "Accepted",
     "accept",
     "compact_kv",
+    "conv_tokens",
     "draft_topk",
     "draw",
     "pack_ancestors",
+    "pool_tokens",
+    "prune_tokens",
+    "resample_tokens",
     "soft_cross_entropy",
     "total_variation",
     "tree_attention",

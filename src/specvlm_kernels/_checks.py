@@ -72,6 +72,15 @@ def check_whole(name: str, x: object, low: int, high: int, step: int = 1) -> Non
         raise ValueError(f"{name}: expected a {kind} from {low} to {high}, got {x!r}")
 
 
+def check_grid(name: str, grid: object, tokens: int) -> None:
+    """Checks that `grid` is a height and a width of at least 1 that hold `tokens` tokens."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
+        raise ValueError(f"{name}: expected a height and a width, whole numbers of at least 1, got {grid!r}")
+    height, width = grid
+    if height * width != tokens:
+        raise ValueError(f"{name}: expected height * width = {tokens}, got {height} * {width}")
+
+
 def check_finite(name: str, x: object) -> None:
     """Checks that `x` is a number, and neither infinite nor NaN."""
     if not isinstance(x, (int, float)) or not math.isfinite(x):

@@ -6,6 +6,9 @@ cannot run raises.
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -30,3 +33,19 @@ def takes_kernel(name: str, x: torch.Tensor) -> bool:
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the GPU that holds `x` the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def kernel_operator(name: str, launch: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """Registers a launcher as the operator ``torch.ops.specvlm_kernels.<name>``, which `torch.compile` does not enter.
+
+    It serves the tensors that take a kernel. `launch` gets the tensor that names the device first, and writes into
+    none of its arguments. The caller adds the shapes (`register_fake`) and, where there is one, the gradient.
+    """
+
+    @functools.wraps(launch)
+    def run(x: torch.Tensor, *args: Any) -> Any:
+        with on_device(x):
+            return launch(x, *args)
+
+    devices = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+    return torch.library.custom_op(f"specvlm_kernels::{name}", run, mutates_args=(), device_types=devices)

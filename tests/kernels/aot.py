@@ -8,6 +8,7 @@ back is the binary, whose registers, spills and shared memory are read here.
 """
 
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -29,6 +30,15 @@ from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, Lo
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
 from specvlm_kernels.noise import launch_noise
+from specvlm_kernels.token_pooling import (
+    launch_conv_tokens,
+    launch_conv_tokens_backward_tokens,
+    launch_conv_tokens_backward_weight,
+    launch_pool_tokens,
+    launch_pool_tokens_backward,
+)
+from specvlm_kernels.token_pruning import launch_prune_tokens, launch_prune_tokens_backward
+from specvlm_kernels.token_resampling import launch_resample_tokens, launch_resample_tokens_backward
 from specvlm_kernels.tree_attention import default_config, launch_pack_ancestors, launch_tree_attention
 
 ARCHITECTURES = {
@@ -68,6 +78,7 @@ class Case:
 
     name: str
     launch: Callable[[], object]
+    quick: bool = True  # whether the fast tests compile it
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,43 @@ def loss_cases(name: str, logits: torch.Tensor, teacher_logits: torch.Tensor) ->
         yield Case(f"{loss} {name}", both)
 
 
+def token_cases() -> Iterator[Case]:
+    """Visual tokens of a picture and of five, as wide as LLaVA's language models, forward and backward."""
+    for model, height, width in itertools.product(MODELS[:2], (24, 120), (24,)):
+        name, quick = f"{height * width} tokens {model.name}", (model, height) == (MODELS[0], 24)
+        for case in (*grid_cases(model, height, width), *selection_cases(model, height * width)):
+            yield Case(f"{case.name} {name}", case.launch, quick)
+
+
+def grid_cases(model: Shape, height: int, width: int) -> Iterator[Case]:
+    channels = model.heads * model.head_dim
+    x, weight, bias = meta(1, height * width, channels), meta(channels, 3, 3), meta(channels)
+    pooled, seen = meta(1, height * width // 4, channels), meta(1, (height // 2 - 1) * (width // 2 - 1), channels)
+    yield Case("pool_tokens", lambda: launch_pool_tokens(x, height, width, 2))
+    yield Case("pool_tokens backward", lambda: launch_pool_tokens_backward(pooled, height, width, 2))
+    yield Case("conv_tokens", lambda: launch_conv_tokens(x, height, width, weight, bias, 2))
+    yield Case(
+        "conv_tokens backward, tokens", lambda: launch_conv_tokens_backward_tokens(seen, height, width, weight, 2)
+    )
+    yield Case("conv_tokens backward, weight", lambda: launch_conv_tokens_backward_weight(seen, x, width, 3, 2))
+
+
+def selection_cases(model: Shape, tokens: int) -> Iterator[Case]:
+    channels, keep, count = model.heads * model.head_dim, tokens // 4, 2
+    x, scores, query = meta(1, tokens, channels), meta(1, tokens), meta(1, channels)
+    kept, indices = meta(1, keep, channels), meta(1, keep, dtype=torch.int64)
+    yield Case("prune_tokens", lambda: launch_prune_tokens(x, scores, None, keep))
+    yield Case("prune_tokens by a query", lambda: launch_prune_tokens(x, None, query, keep))
+    yield Case("prune_tokens backward", lambda: launch_prune_tokens_backward(kept, indices, tokens))
+
+    queries, weight = meta(count, model.heads, model.head_dim), meta(channels, channels)
+    folded, mean = meta(count, model.heads, channels), meta(1, count * model.heads, channels)
+    inputs, saved = (x, queries, weight, weight), (folded, meta(1, count * model.heads, tokens), mean)
+    out = meta(1, count, channels)
+    yield Case("resample_tokens", lambda: launch_resample_tokens(*inputs, 0.1))
+    yield Case("resample_tokens backward", lambda: launch_resample_tokens_backward(out, *inputs, *saved, 0.1, True))
+
+
 def shared_cases() -> Iterator[Case]:
     """What sees nothing of a model, or its vocabulary alone."""
     parents, positions = meta(1, NODES, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
@@ -185,7 +233,7 @@ FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
 def cases() -> list[Case]:
     """Every kernel of the package at every model's shapes, and what these leave out."""
     of_models = [case for model in MODELS for family in FAMILIES for case in family(model)]
-    return [*of_models, *shared_cases(), *other_cases()]
+    return [*of_models, *shared_cases(), *token_cases(), *other_cases()]
 
 
 class _OfflineDriver:

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.aot
     "architecture",
     ["sm_90", "gfx942", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case.quick else pytest.mark.slow, id=case.name) for case in cases()]
+)
 def test_compiles_without_spills(case: Case, architecture: str):
     used = compile_case(case, architecture)
     assert used, "the launcher started no kernel"
