@@ -51,6 +51,11 @@ def no_forward(specvlm, monkeypatch):
         ({"stop_strings": []}, ValueError, r"stop_strings: expected one or more strings .* got \[\]"),
         ({"stop_strings": ["a", ""]}, ValueError, r"stop_strings: .* got \['a', ''\]"),
         ({"num_beams": 4}, TypeError, r"num_beams: expected keywords among attention_mask, .*temperature"),
+        (
+            {"within": 9},
+            TypeError,
+            r"within: expected keywords among attention_mask, .*temperature",
+        ),  # no id of a text is near another
         ({"draft": "eagel-3000/x/y"}, ValueError, r"draft: expected 'ngram'.* got 'eagel-3000/x/y'"),
         ({"draft": 7}, TypeError, r"draft: expected a Draft, a name, a folder or None, got int"),
         ({"max_new_tokens": 600}, ValueError, r"max_new_tokens: expected at most 4\d\d, .* context of 512, got 600"),

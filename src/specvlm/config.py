@@ -16,6 +16,10 @@ _WEIGHTS: Final = (
     "clip",
     "cross_entropy_weight",
     "feature_weight",
+    "l1_weight",
+    "ranking_weight",
+    "balance_weight",
+    "rows_weight",
     "feature_noise",
     "unrolled_decay",
 )
@@ -74,6 +78,9 @@ class Recipe:
         betas, weight_decay: AdamW's.
         clip: the largest norm of a gradient.
         cross_entropy_weight, feature_weight: the loss's.
+        l1_weight, ranking_weight: of what else the draft's distribution may be held to.
+        balance_weight, rows_weight: of an elastic compressor's gate: that its options are used alike, and that those
+            which leave fewer rows, and so the draft less work, go first.
         feature_noise: half the width of the uniform noise added to the features a head reads, so that it learns
             to read its own; a small model reads none.
         unrolled: how many steps a head takes on its own outputs before the loss, 1 being the target's features alone.
@@ -96,6 +103,16 @@ class Recipe:
         default=0.1, metadata={"help": "Of the cross-entropy with the target's distribution."}
     )
     feature_weight: float = field(default=1.0, metadata={"help": "Of Smooth L1 with the target's features."})
+    l1_weight: float = field(default=0.0, metadata={"help": "Of L1 between the probabilities, as well."})
+    ranking_weight: float = field(
+        default=0.0, metadata={"help": "Of how unlikely the order of the target's 10 likeliest tokens is, as well."}
+    )
+    balance_weight: float = field(
+        default=0.01, metadata={"help": "Of how unevenly an elastic compressor's gate uses its options."}
+    )
+    rows_weight: float = field(
+        default=0.0, metadata={"help": "Of the share of a picture's rows that the gate lets through."}
+    )
     feature_noise: float = field(default=0.0, metadata={"help": "Half the width of the noise on a head's features."})
     unrolled: int = field(default=1, metadata={"help": "Steps of a head on its own outputs; EAGLE-3 takes 7."})
     unrolled_decay: float = field(default=0.8, metadata={"help": "What each further of these steps weighs less."})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
+from specvlm.config import Recipe
 from specvlm.drafts import BlockConfig, BlockDraft, BlockHead
 from specvlm.policies import Eagle2
 from specvlm.state import Limits, Sampling
@@ -178,8 +179,10 @@ def test_the_published_gammas():
 
 def test_weights_of_rows():
     logits, teacher = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
-    rows = [float(logit_losses(logits[i : i + 1], teacher[i : i + 1]).cross_entropy) for i in range(3)]
-    found = logit_losses(logits, teacher, weights=torch.tensor([1.0, 0.5, 0.25])).cross_entropy
+    rows = [
+        float(logit_losses(logits[i : i + 1], teacher[i : i + 1], Recipe()).parts["cross_entropy"]) for i in range(3)
+    ]
+    found = logit_losses(logits, teacher, Recipe(), weights=torch.tensor([1.0, 0.5, 0.25])).parts["cross_entropy"]
     assert float(found) == pytest.approx((rows[0] + 0.5 * rows[1] + 0.25 * rows[2]) / 1.75)
 
 

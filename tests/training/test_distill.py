@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.compressors import CompressorConfig, DecoupledConfig, TextOnlyConfig, ViSpecConfig
+from specvlm.compressors import CompressorConfig, DecoupledConfig, SelectConfig, TextOnlyConfig, ViSpecConfig
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, VLMDraft
 from specvlm.policies import Eagle2
 from specvlm.training import Batch, DistillConfig, distill
@@ -312,3 +312,27 @@ def test_noise_for_a_draft_that_reads_no_features(specvlm):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig(**{"steps": 1} | settings)
+
+
+def test_a_gate_learns_to_let_fewer_rows_through_and_its_run_resumes(specvlm, tmp_path: Path):
+    batches = [batch_of(specvlm, n) for n in (8, 9, 10)]
+    options = SelectConfig((("all", 1), ("pool", 4), ("none", 1)))
+
+    def run(rows_weight: float, checkpoint: Path | None = None, steps: int = 40) -> tuple[EagleDraft, dict[str, float]]:
+        config = DistillConfig(steps=40, learning_rate=1e-2, rows_weight=rows_weight, checkpoint_every=7)
+        draft = fresh_draft(specvlm, None, options)
+        going = distill(specvlm.target, draft, lambda step: batches[step % 3], config, checkpoint=checkpoint)
+        for _ in range(steps):
+            parts = dict(next(going).parts)
+        going.close()
+        return draft, parts
+
+    free, told = run(0.0)
+    assert {"balance", "rows", "rows left", "chose all", "chose pool 4", "chose none"} <= told.keys()
+    assert sum(share for name, share in told.items() if name.startswith("chose ")) == pytest.approx(1)
+    _, pressed = run(1.0)
+    assert pressed["rows"] < 0.3 * told["rows"]
+    run(0.0, tmp_path / "run.pt", steps=20)
+    resumed, _ = run(0.0, tmp_path / "run.pt", steps=26)  # what came after the last checkpoint is done again
+    again = resumed.head.state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in free.head.state_dict().items())

@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 
+from specvlm.config import Recipe
+from specvlm.targets.base import Choice
 from specvlm.training import feature_loss, logit_losses
-from specvlm.training.losses import ranking_loss
+from specvlm.training.losses import choice_losses, ranking_loss
 
 INF = math.inf
+PLAIN, ALL = Recipe(), Recipe(l1_weight=0.5, ranking_weight=2.0)
 
 
 def test_gradients_in_float64():
@@ -20,7 +23,7 @@ def test_gradients_in_float64():
     for own, vocabulary in ((logits, None), (few, some)):
         own.requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x, ids=vocabulary: logit_losses(x, teacher_logits, ids).cross_entropy, (own,)
+            lambda x, ids=vocabulary: tuple(logit_losses(x, teacher_logits, ALL, vocabulary=ids).parts.values()), (own,)
         )
     assert torch.autograd.gradcheck(lambda x: feature_loss(x, teacher_features), (features.requires_grad_(),))
 
@@ -28,25 +31,26 @@ def test_gradients_in_float64():
 def test_worked_out_by_hand():
     teacher = torch.tensor([[0.0, 0.0]])
     draft = torch.tensor([[0.0, torch.log(torch.tensor(3.0))]])  # q = 1/4, 3/4; p = 1/2, 1/2
-    found = logit_losses(draft, teacher)
-    assert torch.isclose(found.cross_entropy, -torch.log(torch.tensor(3 / 16)) / 2)
-    assert (found.agreement, found.feature) == (0, 0)
+    found = logit_losses(draft, teacher, PLAIN)
+    assert torch.isclose(found.parts["cross_entropy"], -torch.log(torch.tensor(3 / 16)) / 2)
+    assert found.agreement == 0
     assert torch.isclose(feature_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2)), torch.tensor((0.125 + 2.5) / 2))
 
 
 def test_a_part_of_the_vocabulary():
     teacher = torch.tensor([[5.0, 0.0, -torch.inf, 0.0], [0.0, 7.0, 0.0, 1.0]])
     draft = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    found = logit_losses(draft, teacher, torch.tensor([1, 3]))
+    found = logit_losses(draft, teacher, PLAIN, vocabulary=torch.tensor([1, 3]))
     log_q = torch.log_softmax(draft[0], dim=0)
     p = torch.softmax(torch.tensor([7.0, 1.0]), dim=0)
-    assert torch.isclose(found.cross_entropy, -(log_q.mean() + (p * log_q).sum()) / 2)
+    assert torch.isclose(found.parts["cross_entropy"], -(log_q.mean() + (p * log_q).sum()) / 2)
     assert found.agreement == 0.5  # the likeliest token of the first row is none that the draft has
 
 
 def test_no_row_at_all():
-    found = logit_losses(*torch.randn(2, 0, 4))
-    assert (found.cross_entropy, found.feature, found.agreement) == (0, 0, 0)
+    found = logit_losses(*torch.randn(2, 0, 4), ALL)
+    assert {name: float(part) for name, part in found.parts.items()} == {"cross_entropy": 0, "l1": 0, "ranking": 0}
+    assert found.agreement == 0
     assert feature_loss(*torch.randn(2, 0, 4)) == 0
 
 
@@ -54,17 +58,17 @@ def test_the_cross_entropy_takes_a_reduced_vocabulary():
     """Once 0 * -inf made the loss NaN."""
     teacher = torch.tensor([[1.0, -INF, 0.0]])
     draft = torch.tensor([[0.0, -INF, 0.0]], requires_grad=True)
-    found = logit_losses(draft, teacher)
-    found.cross_entropy.backward()
-    assert math.isclose(found.cross_entropy.detach(), math.log(2), rel_tol=1e-6)
+    cross_entropy = logit_losses(draft, teacher, PLAIN).parts["cross_entropy"]
+    cross_entropy.backward()
+    assert math.isclose(cross_entropy.detach(), math.log(2), rel_tol=1e-6)
     torch.testing.assert_close(draft.grad, torch.tensor([[0.5, 0, 0.5]]) - teacher.softmax(-1))
 
 
 def test_only_the_draft_learns_from_logits():
     logits, teacher_logits = torch.randn(2, 3, 7).requires_grad_().unbind()
     teacher_logits.retain_grad()
-    losses = logit_losses(logits, teacher_logits)
-    (losses.cross_entropy + losses.feature + ranking_loss(logits, teacher_logits, 3).sum()).backward()
+    losses = logit_losses(logits, teacher_logits, ALL)
+    losses.weighed(ALL).backward()
     assert teacher_logits.grad is None
     assert not losses.agreement.requires_grad
 
@@ -138,3 +142,30 @@ def test_ranking_keeps_the_dtype_and_takes_no_rows():
 def test_ranking_refuses(k, vocabulary, error, message):
     with pytest.raises(error, match=message):
         ranking_loss(torch.zeros(2, 5), torch.zeros(2, vocabulary), k)
+
+
+def test_parts_are_weighed_by_the_recipe():
+    logits, teacher_logits = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
+    found = logit_losses(logits, teacher_logits, ALL)
+    p, q = teacher_logits.softmax(-1), logits.softmax(-1)
+    torch.testing.assert_close(found.parts["l1"], (p - q).abs().sum(-1).mean())
+    torch.testing.assert_close(found.parts["ranking"], ranking_loss(logits, teacher_logits, 10).mean())
+    expected = 0.1 * found.parts["cross_entropy"] + 0.5 * found.parts["l1"] + 2 * found.parts["ranking"]
+    torch.testing.assert_close(found.weighed(ALL), expected)
+    assert set(logit_losses(logits, teacher_logits, PLAIN).parts) == {"cross_entropy"}
+
+
+def test_a_gates_losses():
+    rows = torch.tensor([1.0, 0.25])
+    even = Choice(("all", "pool 4"), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), rows)
+    found = choice_losses(even).parts
+    assert (float(found["balance"]), float(found["rows"])) == (0, 0.625)
+    always = Choice(even.options, torch.tensor([[0.0, 1.0]] * 2), torch.tensor([1, 1]), rows)
+    torch.testing.assert_close(choice_losses(always).parts["balance"], torch.tensor(math.log(2)))
+    assert float(choice_losses(always).parts["rows"]) == 0.25
+    probabilities = torch.tensor([[0.2, 0.8], [0.5, 0.5]], dtype=torch.float64, requires_grad=True)
+
+    def losses(given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(choice_losses(Choice(even.options, given, even.picked, rows.double())).parts.values())
+
+    assert torch.autograd.gradcheck(losses, probabilities)

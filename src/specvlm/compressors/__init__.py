@@ -5,24 +5,32 @@ from dataclasses import fields
 from typing import Any
 
 from specvlm.compressors.base import Compressor, CompressorConfig, keep_rows, picture_runs
+from specvlm.compressors.elastic import Concat, ConcatConfig, Select, SelectConfig, Weight, WeightConfig
 from specvlm.compressors.plain import Decoupled, DecoupledConfig, TextOnly, TextOnlyConfig
 from specvlm.compressors.vispec import ViSpecAdaptor, ViSpecConfig
 
 #: Configs by their name on disk.
 BY_KIND: dict[str, type[CompressorConfig]] = {
-    config.kind: config for config in (TextOnlyConfig, DecoupledConfig, ViSpecConfig)
+    config.kind: config
+    for config in (TextOnlyConfig, DecoupledConfig, ViSpecConfig, SelectConfig, WeightConfig, ConcatConfig)
 }
 
 __all__ = [
     "BY_KIND",
     "Compressor",
     "CompressorConfig",
+    "Concat",
+    "ConcatConfig",
     "Decoupled",
     "DecoupledConfig",
+    "Select",
+    "SelectConfig",
     "TextOnly",
     "TextOnlyConfig",
     "ViSpecAdaptor",
     "ViSpecConfig",
+    "Weight",
+    "WeightConfig",
     "compressor_config",
     "keep_rows",
     "picture_runs",

@@ -1,6 +1,8 @@
 """What a draft head asks of a compressor: fewer rows of a prompt, each at its real position."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -87,3 +89,11 @@ def picture_runs(image_mask: Tensor) -> list[tuple[int, int, int]]:
     edges = nn.functional.pad(image_mask.int(), (1, 1)).diff(dim=1)  # [B, T + 1]: 1 where one begins, -1 behind its end
     begins, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
     return [(prompt, first, end) for (prompt, first), (_, end) in zip(begins, ends, strict=True)]
+
+
+def runs_by_length(runs: Iterable[tuple[int, int, int]]) -> dict[int, list[tuple[int, int]]]:
+    """Runs that can go through a compressor together: prompt and first row, by length."""
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for prompt, first, end in runs:
+        found[end - first].append((prompt, first))
+    return found

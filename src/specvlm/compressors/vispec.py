@@ -10,14 +10,13 @@ one, g, goes with the features: h' = img_fc([h, g]), with g = 0 before the first
 Source: ViSpec (2025).
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from specvlm.checks import check_int
-from specvlm.compressors.base import Compressor, CompressorConfig, keep_rows, picture_runs
+from specvlm.compressors.base import Compressor, CompressorConfig, keep_rows, picture_runs, runs_by_length
 from specvlm.targets.base import Prompt
 
 
@@ -96,11 +95,8 @@ class ViSpecAdaptor(Compressor):
 
     def _outputs(self, embeds: Tensor, runs: list[tuple[int, int, int]]) -> dict[tuple[int, int], Tensor]:
         """Each picture's outputs [queries, H], by prompt and first row; pictures of one length go together."""
-        alike: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for row, first, end in runs:
-            alike[end - first].append((row, first))
         found: dict[tuple[int, int], Tensor] = {}
-        for length, places in alike.items():
+        for length, places in runs_by_length(runs).items():
             made = self.imadpt(torch.stack([embeds[row, first : first + length] for row, first in places]))
             found |= dict(zip(places, made, strict=True))
         return found

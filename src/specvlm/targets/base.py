@@ -48,6 +48,23 @@ class TargetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """What a compressor that has options decided for each prompt.
+
+    Attributes:
+        options: their names.
+        probabilities: [B, O], with a gradient in training.
+        picked: [B] int64.
+        rows: [O] the share of a prompt's picture rows that each would leave; of many prompts their mean.
+    """
+
+    options: tuple[str, ...]
+    probabilities: Tensor
+    picked: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A prefilled prompt, as a draft sees it.
 
@@ -60,7 +77,9 @@ class Prompt:
         vision: the vision tower's output as transformers gives it; None without a picture.
         inputs: what the processor gave.
         lengths: [B] int32 rows that count; a compressor may leave garbage behind them.
+        asked: [B] int32 rows before the answer, where one stands behind, as in training; None: all of them.
         guide: [B, H] what a compressor keeps of the latest picture beside its rows; None: nothing.
+        choice: what a compressor chose; None: it had no options.
     """
 
     input_ids: Tensor
@@ -71,7 +90,9 @@ class Prompt:
     vision: Any | None
     inputs: Mapping[str, Any]
     lengths: Tensor
+    asked: Tensor | None = None
     guide: Tensor | None = None
+    choice: Choice | None = None
 
 
 class Target(Protocol):

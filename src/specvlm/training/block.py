@@ -78,13 +78,10 @@ class BlockObjective:
         row, block, before = counts.nonzero(as_tuple=True)  # slot k = before + 1
         with torch.no_grad():
             teacher_logits = self._target.head(hidden[row, anchors[row, block] + before])
-        losses = logit_losses(
-            self._draft.logits(outputs[row, block, before + 1]),
-            teacher_logits,
-            weights=torch.exp(-before / self._gamma),
-        )
-        weighed = self._config.cross_entropy_weight * losses.cross_entropy
-        return Lesson(weighed, {"cross_entropy": losses.cross_entropy.detach()}, losses.agreement)
+        weights = torch.exp(-before / self._gamma)
+        logits = self._draft.logits(outputs[row, block, before + 1])
+        losses = logit_losses(logits, teacher_logits, self._config, weights=weights)
+        return Lesson(losses.weighed(self._config), losses.told(), losses.agreement)
 
     def _anchors(self, answers: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Random tokens [B, A] of the answers [B, T], and the slots [B, A, block_size - 1] behind them that count:

@@ -1,12 +1,20 @@
 """What a draft head learns from: the target's distribution and its features."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from specvlm.checks import check_int
-from specvlm_kernels import soft_cross_entropy
+from specvlm.config import Recipe
+from specvlm.targets.base import Choice
+from specvlm_kernels import soft_cross_entropy, total_variation
+
+#: How many of the teacher's tokens are ranked. Source: ViSpec.
+RANKED: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,35 +22,53 @@ class Losses:
     """Means over the rows that count.
 
     Attributes:
-        cross_entropy: of the draft's distribution under the teacher's, in nats.
-        feature: Smooth L1 between the draft's output and the teacher's feature, mean over the width.
+        parts: by name: "cross_entropy" of the draft's distribution under the teacher's, in nats; "feature", Smooth L1
+            between the draft's output and the teacher's, mean over the width; "l1" between the probabilities, from 0
+            to 2; "ranking", ListMLE over the teacher's likeliest.
         agreement: share of rows where both hold the same token likeliest; no gradient.
     """
 
-    cross_entropy: Tensor
-    feature: Tensor
+    parts: Mapping[str, Tensor]
     agreement: Tensor
+
+    def weighed(self, recipe: Recipe) -> Tensor:
+        """The sum of all parts by their weights in `recipe`."""
+        return torch.stack([getattr(recipe, f"{name}_weight") * part for name, part in self.parts.items()]).sum()
+
+    def told(self) -> dict[str, Tensor]:
+        """The parts without gradients."""
+        return {name: part.detach() for name, part in self.parts.items()}
 
 
 def logit_losses(
-    logits: Tensor, teacher_logits: Tensor, vocabulary: Tensor | None = None, *, weights: Tensor | None = None
+    logits: Tensor,
+    teacher_logits: Tensor,
+    recipe: Recipe,
+    *,
+    vocabulary: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Losses:
-    """The draft's distribution against the teacher's; the feature loss is 0.
+    """The draft's distribution against the teacher's.
 
     Args:
         logits: [R, r]; without any row the losses are 0.
         teacher_logits: [R, V].
+        recipe: which parts weigh anything; the cross-entropy is always told.
         vocabulary: [r] int64 the teacher's tokens that the draft's are, which the teacher's distribution is confined
             to; None: r = V.
-        weights: [R] of the rows in the cross-entropy's mean; None: all alike, as they are in the agreement.
+        weights: [R] of the rows in the means; None: all alike, as they are in the agreement.
     """
     best = logits.argmax(-1) if vocabulary is None else vocabulary[logits.argmax(-1)]
     agreement = (best == teacher_logits.argmax(-1)).sum() / max(len(logits), 1)
     confined = teacher_logits if vocabulary is None else teacher_logits[:, vocabulary]
-    of_rows = soft_cross_entropy(logits, confined)
-    weights = torch.ones_like(of_rows) if weights is None else weights
-    cross_entropy = (weights * of_rows).sum() / (weights.sum() if len(weights) else 1)
-    return Losses(cross_entropy, cross_entropy.new_zeros(()), agreement)
+    of_rows = {"cross_entropy": soft_cross_entropy(logits, confined)}
+    if recipe.l1_weight:
+        of_rows["l1"] = total_variation(logits, confined)
+    if recipe.ranking_weight:
+        of_rows["ranking"] = ranking_loss(logits, confined, min(RANKED, logits.shape[-1]))
+    share = torch.ones_like(of_rows["cross_entropy"]) if weights is None else weights
+    total = share.sum() if len(share) else 1
+    return Losses({name: (share * loss).sum() / total for name, loss in of_rows.items()}, agreement)
 
 
 def feature_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -55,6 +81,18 @@ def feature_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
         _at_least_float(features), _at_least_float(teacher_features.detach()), reduction="sum"
     )
     return distance / (max(len(features), 1) * features.shape[-1])
+
+
+def choice_losses(choice: Choice) -> Losses:
+    """What a compressor's gate costs: how unevenly its options are used, and how many rows it lets through.
+
+    "balance" is KL(mean of the gate's probabilities over the batch || uniform) in nats, from 0 to log O; "rows" the
+    share of a picture's rows that is left, as the gate expects it.
+    """
+    mean = choice.probabilities.mean(dim=0)  # [O]
+    balance = math.log(len(mean)) + torch.xlogy(mean, mean).sum()
+    rows = (choice.probabilities * choice.rows).sum(dim=1).mean()
+    return Losses({"balance": balance, "rows": rows}, rows.new_zeros(()))
 
 
 def ranking_loss(logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:

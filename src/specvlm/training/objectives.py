@@ -20,10 +20,10 @@ from specvlm.drafts.eagle3 import Eagle3Draft
 from specvlm.drafts.growing import rows_of
 from specvlm.drafts.pairs import PairDraft
 from specvlm.drafts.vlm import VLMDraft
-from specvlm.targets.base import Prompt
+from specvlm.targets.base import Choice, Prompt
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep
-from specvlm.training.losses import Losses, feature_loss, logit_losses
+from specvlm.training.losses import Losses, choice_losses, feature_loss, logit_losses
 from specvlm.training.unrolling import Level, Read, levels
 
 
@@ -116,44 +116,40 @@ class HeadObjective:
         taught, hidden = self._target.teach(batch.inputs, draft.taps)
         read = self._read(taught, hidden, batch.answers, number)
         share, weighed = 1.0, torch.zeros((), device=hidden.device)
-        parts: dict[str, Tensor] = {}
+        first: Losses | None = None
         for level in levels(draft.head, read, config.unrolled):
             found = self._losses(level, read)
-            part = len(level.row) / max(batch.rows, 1) * share
-            weighed = weighed + part * (
-                config.cross_entropy_weight * found.cross_entropy + self._feature_weight * found.feature
-            )
+            weighed = weighed + len(level.row) / max(batch.rows, 1) * share * found.weighed(config)
             share *= config.unrolled_decay
-            if not parts:
-                agreement = found.agreement
-                parts = {"cross_entropy": found.cross_entropy.detach()}
-                if self._feature_weight:
-                    parts["feature"] = found.feature.detach()
-        return Lesson(weighed, parts, agreement)
-
-    @property
-    def _feature_weight(self) -> float:
-        """0 for a head that reads other features than it is to give."""
-        return self._config.feature_weight if self._draft.taps is None else 0.0
+            first = first or found
+        assert first is not None, "there is a level at least"
+        if read.choice is None:
+            return Lesson(weighed, first.told(), first.agreement)
+        gate = choice_losses(read.choice)
+        return Lesson(
+            weighed + gate.weighed(config), first.told() | gate.told() | _chosen(read.choice), first.agreement
+        )
 
     def _read(self, taught: Prompt, hidden: Tensor, answers: Tensor, number: int) -> Read:
         """The pair of row j's feature and row j + 1's token is to say what the target says behind that token."""
-        seen, pairs = self._draft.head.read(replace(taught, features=self._noisy(taught.features, number)))
         answers = answers.to(hidden.device)
+        asked = answers.int().argmax(dim=1).int()  # what stands before the first answer
+        noisy = replace(taught, features=self._noisy(taught.features, number), asked=asked)
+        seen, pairs = self._draft.head.read(noisy)
         at = seen.positions[:, 1:].long()  # of the pairs' tokens
         # A pair counts where its token is in the answer, and so is the one to guess.
         counts = (answers & nn.functional.pad(answers[:, 1:], (0, 1))).gather(1, at)
-        return Read(pairs, seen.guide, counts, rows_of(hidden, at))
+        return Read(pairs, seen.guide, seen.choice, counts, rows_of(hidden, at))
 
     def _losses(self, level: Level, read: Read) -> Losses:
         draft = self._draft
         wanted = read.wanted[level.row, level.place]
         with torch.no_grad():
             teacher_logits = self._target.head(wanted)
-        of_logits = logit_losses(draft.own_logits(level.hidden), teacher_logits, draft.vocabulary)
-        if not self._feature_weight:
-            return of_logits
-        return replace(of_logits, feature=feature_loss(level.hidden, wanted))
+        found = logit_losses(draft.own_logits(level.hidden), teacher_logits, self._config, vocabulary=draft.vocabulary)
+        if draft.taps is not None or not self._config.feature_weight:  # it reads other features than it is to give
+            return found
+        return replace(found, parts={**found.parts, "feature": feature_loss(level.hidden, wanted)})
 
     def _noisy(self, features: Tensor, number: int) -> Tensor:
         """The features with the batch's own uniform noise."""
@@ -197,9 +193,15 @@ class ModelObjective:
         row, place = (answers[:, :-1] & answers[:, 1:]).nonzero(as_tuple=True)
         with torch.no_grad():
             teacher_logits = self._target.head(features[row, place])
-        losses = logit_losses(draft.logits(hidden[row, place - left_out[row]]), teacher_logits)
-        weighed = self._config.cross_entropy_weight * losses.cross_entropy
-        return Lesson(weighed, {"cross_entropy": losses.cross_entropy.detach()}, losses.agreement)
+        losses = logit_losses(draft.logits(hidden[row, place - left_out[row]]), teacher_logits, self._config)
+        return Lesson(losses.weighed(self._config), losses.told(), losses.agreement)
+
+
+def _chosen(choice: Choice) -> dict[str, Tensor]:
+    """How often each of a compressor's options was picked, and the share of the pictures' rows that were left."""
+    shares = nn.functional.one_hot(choice.picked, len(choice.options)).float().mean(dim=0)
+    told = {f"chose {name}": share for name, share in zip(choice.options, shares, strict=True)}
+    return told | {"rows left": choice.rows[choice.picked].mean()}
 
 
 #: What a draft learns by, by its class.

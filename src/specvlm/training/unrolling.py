@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from specvlm.drafts.growing import rows_of
 from specvlm.drafts.pairs import PairHead, Pairs
+from specvlm.targets.base import Choice
 from specvlm.targets.hf_attention import AttentionStep
 
 
@@ -26,12 +27,14 @@ class Read:
     Attributes:
         pairs: of the target's own features.
         guide: what its compressor keeps of the pictures beside them.
+        choice: what its compressor chose; None: it had no options.
         counts: [B, P] bool: the pair's token and the one to guess are in one answer.
         wanted: [B, P, H] the target's post-final-norm feature at the pair's token.
     """
 
     pairs: Pairs
     guide: Tensor | None
+    choice: Choice | None
     counts: Tensor
     wanted: Tensor
 
