@@ -255,7 +255,10 @@ def test_without_matplotlib_there_are_no_plots_but_a_note(config, tmp_path, monk
         ("--schedule linear", "schedule: expected cosine or constant, got 'linear'"),
         ("--held-out 1", "held_out: expected a number in [0, 1), got 1.0"),
         ("--draft no/such/draft", "draft: expected 'ngram'"),
-        ("--draft ngram", "draft: expected a EagleDraft or Eagle3Draft or VLMDraft, which learn, got NGramDraft"),
+        (
+            "--draft ngram",
+            "draft: expected a EagleDraft or Eagle3Draft or VLMDraft or BlockDraft, which learn, got NGramDraft",
+        ),
         ("--draft vlm --intermediate-size 8", "intermediate_size: expected none but for a fresh head, got 8"),
         ("--draft vlm --feature-noise 0.1", "feature_noise: expected 0, for a small model reads no features, got 0.1"),
         ("--draft vlm --vocabulary x", "vocabulary: expected none but for a head, got x"),
