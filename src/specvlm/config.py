@@ -150,7 +150,7 @@ class TrainConfig:
     out: str = field(metadata={"help": "Folder of the draft; a run that was stopped goes on from what is in it."})
     draft: str = field(
         default="eagle",
-        metadata={"help": "eagle, eagle3, vlm (a target of two layers), or a draft's folder to go on from."},
+        metadata={"help": "eagle, eagle3, block, vlm (a target of two layers), or a draft's folder to go on from."},
     )
     pictures: str | None = field(
         default=None, metadata={"help": "A folder or .tar that the data's paths start from; by default the data's own."}

@@ -121,7 +121,7 @@ def straight_line(ids: list[int]) -> StraightLine:
     return line
 
 
-@pytest.mark.parametrize(("compressor", "images"), zip(CONFIGS, (1, 2, 1, 2), strict=True), ids=str)
+@pytest.mark.parametrize(("compressor", "images"), list(zip(CONFIGS, (1, 2, 1, 2), strict=True)), ids=str)
 @torch.no_grad()
 def test_draft_logits_follow_the_formula_at_every_level(specvlm, compressor, images, monkeypatch):
     plan = Plan(nodes=12, depth=3, width=2)

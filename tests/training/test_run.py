@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from specvlm import SpecVLM, load
 from specvlm.cli import main
 from specvlm.config import Recipe, TrainConfig
-from specvlm.drafts import Eagle3Draft, EagleDraft, VLMDraft, load_draft
+from specvlm.drafts import BlockDraft, Eagle3Draft, EagleDraft, VLMDraft, load_draft
+from specvlm.drafts.pairs import PairDraft
 from specvlm.training import run as training
 from specvlm.training.data import Batches
 from specvlm.training.watching import read_metrics, tau_estimate
@@ -107,6 +108,7 @@ def test_for_people(command, target, data, tmp_path):
     ("changes", "kind"),
     [
         ({"draft": "eagle3"}, Eagle3Draft),
+        ({"draft": "block"}, BlockDraft),
         ({"draft": "vlm", "intermediate_size": None}, VLMDraft),
         ({"compressor": "text_only"}, EagleDraft),
         ({"compressor": '{"kind": "vispec", "queries": 3, "heads": 2}', "draft": "eagle3"}, Eagle3Draft),
@@ -125,7 +127,7 @@ def test_drafts_of_every_kind(config, tmp_path, changes, kind):
     assert type(draft) is kind
     if "compressor" in changes:
         assert draft.head.config.compressor.kind in changes["compressor"]
-    if kind is not VLMDraft:
+    if issubclass(kind, PairDraft):
         everything = [token for token in range(VOCAB) if token != IMAGE_TOKEN]
         wanted = ids if "vocabulary" in changes else everything if kind is Eagle3Draft else None
         draft.bind(model.target)
@@ -261,6 +263,7 @@ def test_without_matplotlib_there_are_no_plots_but_a_note(config, tmp_path, monk
         ),
         ("--draft vlm --intermediate-size 8", "intermediate_size: expected none but for a fresh head, got 8"),
         ("--draft vlm --feature-noise 0.1", "feature_noise: expected 0, for a small model reads no features, got 0.1"),
+        ("--draft block --compressor text_only", "compressor: expected none but for an EAGLE head, got text_only"),
         ("--draft vlm --vocabulary x", "vocabulary: expected none but for a head, got x"),
         ("--vocabulary no.json", "vocabulary: expected a JSON object with a list of ids in no.json"),
         ("--compressor nosuch", "compressor: expected a kind of text_only, decoupled, vispec"),

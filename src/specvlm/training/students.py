@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from specvlm.compressors import compressor_config
 from specvlm.config import TrainConfig
 from specvlm.drafts import (
+    BlockConfig,
+    BlockDraft,
+    BlockHead,
     Draft,
     Eagle3Config,
     Eagle3Draft,
@@ -40,10 +43,11 @@ def new_draft(config: TrainConfig, target: Target, seed: int) -> Draft:
     torch.manual_seed(seed)
     if config.draft in ("eagle", "eagle3"):
         draft = _fresh_head(config, target)
+    elif config.draft == "block":
+        _refuse(config, "an EAGLE head", "compressor", "vocabulary")
+        draft = BlockDraft(BlockHead(BlockConfig.for_target(target.spec, _width(config, target))))
     else:
-        for name in ("intermediate_size", "compressor"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name}: expected none but for a fresh head, got {getattr(config, name)}")
+        _refuse(config, "a fresh head", "intermediate_size", "compressor")
         draft = VLMDraft(shallow_model(target.model)) if config.draft == "vlm" else load_draft(config.draft)
         if config.vocabulary is not None:
             if not isinstance(draft, EagleDraft | Eagle3Draft):
@@ -53,9 +57,18 @@ def new_draft(config: TrainConfig, target: Target, seed: int) -> Draft:
     return draft
 
 
+def _refuse(config: TrainConfig, but_for: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}: expected none but for {but_for}, got {getattr(config, name)}")
+
+
+def _width(config: TrainConfig, target: Target) -> int:
+    return config.intermediate_size or target.model.config.text_config.intermediate_size
+
+
 def _fresh_head(config: TrainConfig, target: Target) -> Draft:
-    spec = target.spec
-    width = config.intermediate_size or target.model.config.text_config.intermediate_size
+    spec, width = target.spec, _width(config, target)
     ids = None if config.vocabulary is None else read_vocabulary(config.vocabulary, spec)
     compressor = None if config.compressor is None else compressor_config(_compressor_settings(config.compressor))
     if config.draft == "eagle":
