@@ -222,7 +222,7 @@ def broken(folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generate {ask} --temperature nan", "temperature: expected a finite number >= 0, got nan"),
         ("generate {ask} --top-p 0", "top_p: expected a number in (0, 1], got 0.0"),
         ("generate {ask} --top-p 1.01", "top_p: expected a number in (0, 1], got 1.01"),
-        ("generate {ask} --top-k=-1", "top_k: expected an integer >= 0, got -1"),
+        ("generate {ask} --top-k=-1", "top_k: expected an integer from 0 to 2147483647, got -1"),
         ("generate {ask} --max-new-tokens 0", "max_new_tokens: expected an integer >= 1, got 0"),
         ("generate {ask} --max-new-tokens 9999", "max_new_tokens: expected at most 4"),
         ("generate {ask} --dtype int4", "dtype: expected float32, float16, bfloat16, got 'int4'"),

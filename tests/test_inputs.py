@@ -1,5 +1,8 @@
 """Bad input is refused before any decoding, by an error that names what was expected and what came."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +11,7 @@ from transformers import OPTConfig
 from specvlm import SpecVLM, load
 from specvlm.config import GenerateConfig
 from specvlm.drafts import NGramDraft
+from specvlm.pictures import open_picture, picture_size
 from specvlm.state import SlabPool
 from specvlm.targets.hf import HFTarget
 from tests.fakes import VOCAB, picture, prompt_for, tiny_llava, tiny_processor
@@ -43,7 +47,7 @@ def no_forward(specvlm, monkeypatch):
         ({"top_p": 0.0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, ValueError, r"top_p: .* got 1.5"),
         ({"top_p": float("nan")}, ValueError, r"top_p: .* got nan"),
-        ({"top_k": -1}, ValueError, r"top_k: expected an integer >= 0, got -1"),
+        ({"top_k": -1}, ValueError, r"top_k: expected an integer from 0 to 2147483647, got -1"),
         ({"top_k": 2.5}, TypeError, r"top_k: expected an integer, got 2.5"),
         ({"max_new_tokens": 0}, ValueError, r"max_new_tokens: expected an integer >= 1, got 0"),
         ({"max_new_tokens": True}, TypeError, r"max_new_tokens: expected an integer, got True"),
@@ -338,3 +342,33 @@ def test_ngram_settings(settings, message):
 def test_configs_refuse_unknown_fields():
     with pytest.raises(TypeError, match="top_q"):
         GenerateConfig(top_q=1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.5), "seed": np.int64(4)}
+    plain = {"temperature": 0.5, "top_k": 5, "top_p": 0.5, "seed": 4}
+    config = GenerateConfig(**given)
+    assert config == GenerateConfig(**plain)
+    assert {type(getattr(config, name)) for name in given} == {float, int}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("repetition_penalty", 1.2), ("no_repeat_ngram_size", 3), ("suppress_tokens", [7]), ("num_beams", 4)],
+)
+def test_generation_configs_that_change_greedy_answers(setting, value):
+    model = tiny_llava()
+    setattr(model.generation_config, setting, value)
+    with pytest.raises(ValueError, match=rf"generation config: expected no {setting}, got {re.escape(str(value))}"):
+        SpecVLM(model)
+
+
+def test_pictures_stand_as_their_exif_data_say(tmp_path):
+    turned = Image.new("RGB", (20, 40), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == picture_size(tmp_path / "turned.jpg") == (40, 20)
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="image: expected 8 bits a channel, got a picture of mode I;16"):
+        open_picture(tmp_path / "deep.png")

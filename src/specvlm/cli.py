@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = _complain(error.format_message())  # type: ignore[attr-defined]
     except (ValueError, TypeError, OSError) as error:
         status = _complain(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported before there is work for it
+            raise
+        status = _complain(f"memory: expected enough for the model and its answer, got {error}")
     sys.exit(status)
 
 
@@ -396,7 +400,11 @@ def _questions(prompt: str | None, image: list[Path] | None, prompts: Path | Non
         raise ValueError("prompt: expected --prompt or --prompts, got " + ("neither" if prompt is None else "both"))
     if image:
         raise ValueError("image: expected pictures in the file given by --prompts, got --image besides")
-    questions = [_question(line, number, prompts) for number, line in enumerate(prompts.read_text().splitlines(), 1)]
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: expected UTF-8 in {prompts}, got {error}") from error
+    questions = [_question(line, number, prompts) for number, line in enumerate(lines, 1)]
     if not questions:
         raise ValueError(f"prompts: expected at least one line in {prompts}, got none")
     return questions

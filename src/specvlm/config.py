@@ -25,6 +25,10 @@ _WEIGHTS: Final = (
 )
 
 
+#: The lowest temperature above 0.
+_COLDEST: Final = 1e-30
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
     """How one answer is decoded.
@@ -58,12 +62,23 @@ class GenerateConfig:
         check_number("temperature", self.temperature)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        check_int("top_k", self.top_k, low=0)
+        if 0 < self.temperature < _COLDEST:  # logits over it are infinite in fp32
+            raise ValueError(f"temperature: expected 0 or a number >= {_COLDEST}, got {self.temperature}")
+        check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         check_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
         if self.seed is not None:
             check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        for name, kind in (
+            ("max_new_tokens", int),
+            ("temperature", float),
+            ("top_k", int),
+            ("top_p", float),
+            ("seed", int),
+        ):
+            if getattr(self, name) is not None:  # numpy's numbers, say, which the kernels need not know
+                object.__setattr__(self, name, kind(getattr(self, name)))
         object.__setattr__(self, "stop_strings", _as_strings(self.stop_strings))
 
 
@@ -207,6 +222,8 @@ class TrainConfig:
 def _as_strings(stop_strings: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if stop_strings is None:
         return None
+    if not isinstance(stop_strings, str | Sequence):
+        raise TypeError(f"stop_strings: expected strings, got {stop_strings!r}")
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     if not strings or not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"stop_strings: expected one or more strings that are not empty, got {stop_strings!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +20,7 @@ from specvlm.state import Emitted, Limits, Sampling
 from specvlm.stats import Stats, StatsRecorder
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf import HFTarget
+from specvlm.targets.hf_loading import first_line
 
 #: Answers end here when neither the call nor the model's generation config says where.
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -115,6 +117,8 @@ class SpecVLM:
             TypeError: a keyword that is neither.
             ValueError: an input or an option that does not fit, before any decoding.
         """
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"streamer: expected one with put and end, as transformers has, got {streamer!r}")
         rounds, seed = self._decode(kwargs, draft)
         recorder = StatsRecorder(seed)
         tokens: list[int] = []
@@ -161,17 +165,29 @@ class SpecVLM:
             what `generate` takes: input_ids and attention_mask [1, T] and the pictures' tensors.
 
         Raises:
-            ValueError: no processor with a chat template is there, or `image` is not a picture.
+            ValueError: no processor with a chat template is there, it does not take the question, or `image` is not a
+            picture.
         """
         if getattr(self.processor, "chat_template", None) is None:
             got = "none" if self.processor is None else "one without"
             raise ValueError(f"processor: expected one with a chat template, got {got}")
+        if not isinstance(question, str):
+            raise ValueError(f"question: expected a text, got {type(question).__name__}")
         pictures = [open_picture(one) for one in (image if isinstance(image, list | tuple) else [image])]
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        bos = self.processor.tokenizer.bos_token
-        once = bos is None or not text.startswith(bos)  # some templates write it themselves
-        return dict(self.processor(images=pictures or None, text=text, return_tensors="pt", add_special_tokens=once))
+        try:
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            bos = self.processor.tokenizer.bos_token
+            once = bos is None or not text.startswith(bos)  # some templates write it themselves
+            made = self.processor(images=pictures or None, text=text, return_tensors="pt", add_special_tokens=once)
+        except (ValueError, TemplateError) as error:
+            raise ValueError(
+                f"question: expected one that the model's template and processor take with {len(pictures)} pictures, "
+                f"got {question[:80]!r}: {first_line(error)}"
+            ) from error
+        return dict(made)
 
     def _decode(self, kwargs: dict[str, Any], draft: Draft | str | Path | None) -> tuple[Iterator[Emitted], int]:
         """The rounds of one answer, and its seed."""

@@ -83,5 +83,5 @@ def load_spec(target: str | Path) -> TargetSpec:
 def _processor(target: str | Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(target)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the latter two of a broken tokenizer.json
         raise ValueError(f"target: expected a processor in {target}, got {first_line(error)}") from error

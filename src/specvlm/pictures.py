@@ -7,27 +7,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 
 def open_picture(picture: Any, name: str | None = None) -> Image.Image:
     """`picture` as RGB, from a PIL image, the path of a picture file, or such a file's bytes, which may have a `name`.
 
+    It is turned as its EXIF data say.
+
     Raises:
-        ValueError: it is none of these, the file is not there, or it is not a whole picture.
+        ValueError: it is none of these, the file is not there, it is not a whole picture, or has 16 bits a channel.
     """
     with _opened(picture, name) as opened:
-        return opened.convert("RGB")
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I") or upright.mode == "F":  # more than 8 bits, which convert would cut off
+            raise ValueError(f"image: expected 8 bits a channel, got a picture of mode {upright.mode}")
+        return upright.convert("RGB")
 
 
 def picture_size(picture: Any, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of what `open_picture` takes, as it says of itself.
+    """(width, height) of what `open_picture` makes of a picture, as that says of itself.
 
     Raises:
         ValueError: as `open_picture`, but for a picture that breaks off.
     """
     with _opened(picture, name) as opened:
-        return opened.size
+        width, height = opened.size
+        lies = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if lies else (width, height)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from specvlm.drafts.eagle3 import Eagle3Config, Eagle3Draft, Eagle3Head
 from specvlm.drafts.joined import JoinedDraft
 from specvlm.drafts.ngram import NGramDraft, NGramSession
 from specvlm.drafts.vlm import MODEL_TYPES, VLMDraft
+from specvlm.targets.hf_loading import first_line
 
 #: Drafts by name: one without weights, the head of the one that ships, both together, and its small model.
 BY_NAME: dict[str, Callable[[], Draft]] = {
@@ -89,7 +90,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"draft: expected {_one_of(BY_NAME)}, a folder or a hub id, got {name!r} ({reason})"
         ) from error

@@ -23,6 +23,30 @@ from specvlm_kernels import pack_ancestors
 FAMILIES = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
 
 
+#: Settings of a generation config that change even a greedy answer, and what leaves it alone besides None.
+_NEUTRAL: dict[str, Any] = {
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "force_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+}
+
+
 class HFTarget:
     """A LLaVA-1.5 or LLaVA-NeXT from transformers, with any Llama-, Mistral- or Qwen2-like language model.
 
@@ -255,9 +279,9 @@ def spec_of(
     """
     text = config.text_config
     eos = generation.eos_token_id
-    for name in ("min_length", "min_new_tokens"):
-        if getattr(generation, name, None):
-            raise ValueError(f"generation config: expected no {name}, got {getattr(generation, name)}")
+    for name, neutral in _NEUTRAL.items():
+        if (got := getattr(generation, name, None)) not in (None, neutral):
+            raise ValueError(f"generation config: expected no {name}, got {got}")
     media = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return TargetSpec(
         hidden_size=text.hidden_size,

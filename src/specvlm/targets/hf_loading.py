@@ -58,5 +58,5 @@ def read_config(role: str, source: str | Path, families: Sequence[Any]) -> tuple
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().splitlines()[0]
+    """The first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
