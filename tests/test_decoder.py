@@ -1,5 +1,8 @@
 """Where answers end, what streams, what is given back."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -9,6 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from specvlm import SpecVLM
 from specvlm.decoder import DEFAULT_MAX_NEW_TOKENS
 from specvlm.drafts import NGramDraft
+from specvlm.drafts.growing import draft_slab
+from specvlm.state import SlabPool
+from specvlm.targets.hf_attention import ATTENTION
 from tests.fakes import IMAGE_TOKEN, ScriptedDraft, picture, prompt_for, tiny_llava, tiny_processor
 
 
@@ -145,7 +151,7 @@ def test_rounds_tell_which_tokens_the_draft_had_proposed(specvlm, prompt, truth)
 
 
 def free_slabs(specvlm: SpecVLM) -> int:
-    return sum(map(len, specvlm.target._pool._free.values()))
+    return len(specvlm.target._pool._idle)
 
 
 def test_an_abandoned_stream_gives_its_slab_back(model, prompt):
@@ -179,6 +185,46 @@ def test_two_streams_do_not_disturb_each_other(specvlm, model, prompt, truth):
             else:
                 said[which].extend(emitted.tokens[0])
     assert said == (truth[:40], alone)
+
+
+def test_threads_share_a_model(model):
+    specvlm = SpecVLM(model)
+    asked = [(prompt_for(model, seed=seed), draft) for seed, draft in ((0, None), (1, "ngram"))]
+    alone = [specvlm.generate(**prompt, draft=draft, max_new_tokens=40).tokens for prompt, draft in asked]
+    implementation = model.config.text_config._attn_implementation
+
+    def answers(which: int) -> list[list[int]]:
+        prompt, draft = asked[which]
+        return [specvlm.generate(**prompt, draft=draft, max_new_tokens=40).tokens for _ in range(4)]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(answers, (0, 1))) == [[tokens] * 4 for tokens in alone]
+    assert model.config.text_config._attn_implementation == implementation != ATTENTION
+
+
+def test_a_pool_keeps_no_more_idle_than_it_may(monkeypatch):
+    pool = SlabPool(layers=1, kv_heads=1, head_dim=32, dtype=torch.float32, device=torch.device("cpu"))
+    slabs = [pool.borrow(1, slots) for slots in (256, 512, 768)]
+    monkeypatch.setattr("specvlm.state.IDLE_BYTES", slabs[1].nbytes + slabs[2].nbytes)
+    for slab in slabs:
+        pool.give_back(slab)
+    assert pool.borrow(1, 512) is slabs[1]
+    assert pool.borrow(1, 768) is slabs[2]
+    assert pool.borrow(1, 256) is not slabs[0], "the longest idle made room"
+    big = pool.borrow(1, 4096)
+    pool.give_back(big)
+    assert pool.borrow(1, 4096) is big, "one slab may be larger"
+
+
+def test_idle_slabs_make_room_for_a_drafts(monkeypatch):
+    pool = SlabPool(layers=2, kv_heads=1, head_dim=32, dtype=torch.float32, device=torch.device("cpu"))
+    slab = pool.borrow(1, 256)
+    pool.give_back(pool.borrow(1, 512))
+    state = SimpleNamespace(slab=slab, pool=pool)
+    monkeypatch.setattr("specvlm.state.free_bytes", lambda _: slab.nbytes // 2 if pool._idle else slab.nbytes)
+    assert draft_slab(state, 2, 1, 32).shape == slab.shape
+    with pytest.raises(ValueError, match=r"KV cache: expected at most .* for 1 x 256 positions in 3 layers"):
+        draft_slab(state, 3, 1, 32)
 
 
 def test_a_prompt_without_a_picture(specvlm, model):

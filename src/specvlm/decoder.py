@@ -78,6 +78,9 @@ class Answer:
 class SpecVLM:
     """A vision-language model that answers with the help of a draft, and as it would answer without.
 
+    Several threads may ask one model; their forwards take turns. The model's own `generate` must not run meanwhile: for
+    the length of a forward its config names our attention.
+
     Args:
         model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` in memory; it is switched to
             evaluation and else stays as it is, and can go on being used.

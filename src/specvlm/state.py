@@ -1,5 +1,6 @@
 """What one answer carries from round to round: its KV slab, its length, what the last round emitted."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from specvlm_kernels import Accepted, accept, compact_kv, draw
 
 #: A slab's capacity is a multiple of this, so that prompts of about one length share slabs and graphs.
 SLAB_STEP = 256
+#: What slabs that wait for another answer may hold: 8192 positions of a 7B target in bf16.
+IDLE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,16 @@ def capacity(positions: int) -> int:
 
 
 class SlabPool:
-    """KV slabs [L, 2, B, Hkv, S, D] that are kept when an answer is done: addresses stay, as graphs need."""
+    """KV slabs [L, 2, B, Hkv, S, D] that are kept when an answer is done: addresses stay, as graphs need.
+
+    What lies idle has at most `IDLE_BYTES`, or is one slab. Threads may share a pool.
+    """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._layers, self._kv_heads, self._head_dim = layers, kv_heads, head_dim
         self._dtype, self._device = dtype, device
-        self._free: dict[tuple[int, ...], list[Tensor]] = {}
+        self._idle: list[Tensor] = []  # the latest given back comes last
+        self._lock = threading.RLock()  # an abandoned answer may be collected, and give back, at any line
 
     def borrow(self, batch: int, slots: int) -> Tensor:
         """A slab of `slots` slots, contents undefined.
@@ -126,23 +133,39 @@ class SlabPool:
             ValueError: it would not fit the device's free memory; the message has the estimate.
         """
         shape = (self._layers, 2, batch, self._kv_heads, slots, self._head_dim)
-        if kept := self._free.get(shape):
-            return kept.pop()
+        with self._lock:
+            found = next((slab for slab in reversed(self._idle) if slab.shape == shape), None)
+            if found is not None:
+                self._idle = [slab for slab in self._idle if slab is not found]
+                return found
+        return self.new(shape)
+
+    def new(self, shape: tuple[int, ...]) -> Tensor:
+        """A slab of any [L, 2, B, Hkv, S, D], contents undefined, which need not be given back: a draft's.
+
+        Raises:
+            ValueError: it would not fit the device's free memory, with nothing idle; the message has the estimate.
+        """
+        layers, _, batch, _, slots, _ = shape
         needed = torch.Size(shape).numel() * self._dtype.itemsize
-        if needed > (free := free_bytes(self._device)):
-            self._free.clear()
-            free = free_bytes(self._device)
-            if needed > free:
-                raise ValueError(
-                    f"KV cache: expected at most {free / 2**30:.2f} GiB, which is free on {self._device}, got "
-                    f"{needed / 2**30:.2f} GiB for {batch} x {slots} positions in {self._layers} layers"
-                )
+        with self._lock:
+            if needed > (free := free_bytes(self._device)):
+                self._idle.clear()
+                free = free_bytes(self._device)
+        if needed > free:
+            raise ValueError(
+                f"KV cache: expected at most {free / 2**30:.2f} GiB, which is free on {self._device}, got "
+                f"{needed / 2**30:.2f} GiB for {batch} x {slots} positions in {layers} layers"
+            )
         with torch.inference_mode(False):  # so that it can be written to outside as well
             return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def give_back(self, slab: Tensor) -> None:
-        """Keeps `slab` for the next answer of its shape."""
-        self._free.setdefault(tuple(slab.shape), []).append(slab)
+        """Keeps `slab` for the next answer of its shape; the slabs longest idle make room for it."""
+        with self._lock:
+            self._idle.append(slab)
+            while len(self._idle) > 1 and sum(one.nbytes for one in self._idle) > IDLE_BYTES:
+                del self._idle[0]
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specvlm.policies import History, TreePolicy
-from specvlm.state import DecodeState, SlabPool, Step
+from specvlm.state import DecodeState, Step
 from specvlm.tree import Beam, DraftTree, Growth, Plan, root_only
 from specvlm_kernels import draft_topk
 
@@ -154,8 +154,8 @@ def draft_slab(state: DecodeState, layers: int, kv_heads: int, head_dim: int) ->
     Raises:
         ValueError: it would not fit the device's free memory.
     """
-    slab = state.slab
-    return SlabPool(layers, kv_heads, head_dim, slab.dtype, slab.device).borrow(slab.shape[2], slab.shape[-2])
+    _, _, batch, _, slots, _ = state.slab.shape
+    return state.pool.new((layers, 2, batch, kv_heads, slots, head_dim))
 
 
 def rows_of(hidden: Tensor, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ cache it is given writes into the slab and returns the whole of it.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from specvlm_kernels import tree_attention, write_kv
 from specvlm_kernels.tree_attention import HEAD_DIMS
 
 ATTENTION = "specvlm"
+
+#: Held while a language model is switched to our attention: its config is shared by all threads.
+_SWITCHED = threading.RLock()
 
 #: What a modeling file may hand to its attention without changing the result that ours computes.
 _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_attentions"})
@@ -121,13 +125,17 @@ def head_size(text: PreTrainedConfig) -> int:
 
 @contextlib.contextmanager
 def our_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """Switches a language model to our attention for one forward, so that it stays the user's own in between."""
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    """Switches a language model to our attention for one forward, so that it stays the user's own in between.
+
+    Forwards of several threads come one after the other; one that transformers runs meanwhile would meet our attention.
+    """
+    with _SWITCHED:
+        before = config._attn_implementation
+        config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 def run_language(
