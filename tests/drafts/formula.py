@@ -128,8 +128,8 @@ def check_rounds(
     state.first()
     pauses = frozenset({2, 3, 4, 7, 8})
     draft.policy = Pausing(plan, pauses)
+    logits, beams = recorded(draft, monkeypatch)  # which a session takes with it
     session = draft.start(prompt, state)
-    logits, beams = recorded(draft, monkeypatch)
     truth = specvlm.generate(**prompt_inputs, temperature=1.0, seed=5, max_new_tokens=60).tokens
     counts: list[int] = []
     # A chain of everything said so far, whose pairs are true: feature i with the embedding of token i + 1.

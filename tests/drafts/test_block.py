@@ -86,8 +86,8 @@ def test_logits_follow_the_formula_round_after_round(specvlm, changes, monkeypat
     truth = specvlm.generate(**inputs, temperature=1.0, seed=5, max_new_tokens=60).tokens
     state, prompt = target.prefill(inputs, sampling=sampling, limits=Limits(60), taps=draft.taps)
     state.first()
-    session = draft.start(prompt, state)
     logits, _ = recorded(draft, monkeypatch)
+    session = draft.start(prompt, state)
     features, counts = [prompt.features[0, :-1]], []
     for round_ in range(10):
         counts.append(int(state.step.count[0]))

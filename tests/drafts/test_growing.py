@@ -1,10 +1,12 @@
 """What drafts that grow trees share: steps that were not read yet, and what policies are told of rounds."""
 
+from itertools import zip_longest
+
 import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.drafts import VLMDraft
+from specvlm.drafts import Draft, EagleConfig, EagleDraft, EagleHead, VLMDraft
 from specvlm.drafts.growing import merged
 from specvlm.policies import Eagle2, OptTree, Sage
 from specvlm.state import Step
@@ -51,3 +53,18 @@ def test_a_round_without_a_tree_tells_nothing():
     specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=40, draft=VLMDraft(tiny_llava(), Resting()))
     assert all(told[2::2])
     assert not any(told[1::2])
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle, few tokens", "vlm"])
+def test_streams_on_two_targets_keep_their_own(kind):
+    first, second = (SpecVLM(tiny_llava(seed=seed)) for seed in (0, 4))
+    torch.manual_seed(0)
+    draft: Draft = VLMDraft(tiny_llava())  # knows what the first target says
+    if kind != "vlm":
+        draft = EagleDraft(EagleHead(EagleConfig.for_target(first.target.spec, intermediate_size=64)))
+        draft = draft.with_vocabulary(range(5, 160)) if kind == "eagle, few tokens" else draft
+    prompt = prompt_for(first.target.model) | {"max_new_tokens": 40, "temperature": 1.0, "draft": draft}
+    alone = [list(model.stream(**prompt)) for model in (first, second)]
+    streams = [model.stream(**prompt) for model in (first, second)]
+    rounds = list(zip_longest(*streams))  # in turn
+    assert [[one for one in stream if one is not None] for stream in zip(*rounds, strict=True)] == alone

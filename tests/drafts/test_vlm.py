@@ -92,8 +92,8 @@ def check_logits(
     truth = specvlm.generate(**inputs, temperature=1.0, seed=5, max_new_tokens=60).tokens
     state, prompt = target.prefill(inputs, sampling=sampling, limits=Limits(60), taps=None)
     state.first()
-    session = draft.start(prompt, state)
     logits, beams = recorded(draft, monkeypatch)
+    session = draft.start(prompt, state)
     counts: list[int] = []
     for round_ in range(rounds):
         counts.append(int(state.step.count[0]))

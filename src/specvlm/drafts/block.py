@@ -18,6 +18,7 @@ tree is made of the likeliest paths.
 Source: DFlash (Chen et al., 2026). Unlike there, the mask is a vector of the draft's own and no token of the target's.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -202,7 +203,7 @@ class BlockDraft(HeadDraft):
         Raises:
             ValueError: the draft's KV does not fit the device's free memory.
         """
-        return BlockSession(self, prompt, state)
+        return BlockSession(copy.copy(self), prompt, state)  # it keeps this target
 
     def context(self, features: Tensor, first: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's keys and values [B, Hkv, T, D] of features [B, T, F] at positions from `first` [B] on."""

@@ -24,6 +24,7 @@ from specvlm.drafts.heads import checked_taps, sizes_like
 from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
+from specvlm.vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +178,8 @@ class Eagle3Draft(PairDraft):
         for row, (token, other) in enumerate(zip(by_d2t, by_t2d, strict=True)):
             if token != other:
                 raise ValueError(f"eagle3 d2t: expected token {other} of t2d in row {row}, got {token}")
-        if media := sorted(spec.media_ids & set(by_d2t)):
-            raise ValueError(f"eagle3 d2t: expected no image or video ids, got {media}")
+        if self.head.config.draft_vocab_size is not None:
+            check_vocabulary("eagle3 d2t", by_d2t, spec)
 
     def fit(self, target: Target) -> None:
         self._vocabulary = self.head.vocabulary

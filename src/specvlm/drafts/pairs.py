@@ -7,6 +7,7 @@ whose features are the head's outputs, and drops it. What of a prompt's pictures
 Source: EAGLE (Li et al., 2024).
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -133,7 +134,7 @@ class PairDraft(HeadDraft):
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
-        return PairSession(self, prompt, state)
+        return PairSession(copy.copy(self), prompt, state)  # it keeps this target, whatever else is bound meanwhile
 
     @property
     def vocabulary(self) -> Tensor | None:

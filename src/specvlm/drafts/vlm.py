@@ -7,6 +7,7 @@ Source: Spec-LLaVA, whose drafts are LLaVA-68M and 160M with the target's vision
 equal, the target's output is projected by the draft, and a picture is encoded once.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class VLMDraft:
         Raises:
             ValueError: the draft's KV does not fit the device's free memory.
         """
-        return VLMSession(self, prompt, state)
+        return VLMSession(copy.copy(self), prompt, state)  # it keeps this target
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., H] of token ids."""
