@@ -22,10 +22,14 @@ from bench.machine import machine
 from specvlm_kernels import (
     accept,
     compact_kv,
+    conv_tokens,
     draft_topk,
     draw,
     pack_ancestors,
+    pool_tokens,
+    prune_tokens,
     reference,
+    resample_tokens,
     soft_cross_entropy,
     total_variation,
     tree_attention,
@@ -48,6 +52,9 @@ VOCABULARY = 32064
 
 #: Rows that a training step's answers come to, and the vocabularies of LLaVA-1.5 and Qwen2.5-VL-7B.
 TAUGHT, TAUGHT_VOCABULARIES = 2048, (32064, 152064)
+
+#: Visual tokens as grids: a picture of LLaVA-1.5, and five of them.
+TOKEN_GRIDS = ((24, 24), (120, 24))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +295,123 @@ def bench_loss(
     )
 
 
+def random_tokens(model: str, grid: tuple[int, int]) -> torch.Tensor:
+    """[turns, 1, tokens, channels], as wide as the model."""
+    tokens, channels = math.prod(grid), 128 * MODELS[model][0]
+    turns = min(MOST_TURNS, math.ceil(ROTATION_BYTES / (2 * tokens * channels)))
+    return torch.randn(turns, 1, tokens, channels, device="cuda", dtype=torch.bfloat16)
+
+
+def require_close(name: str, out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """At most twice the error of plain torch in the same dtype, and a few roundings."""
+    error, other = (out - exact).abs().max(), (plain - exact).abs().max()
+    require(bool(error <= 2 * other + 4 * 2**-8 * (1 + exact.abs().max())), f"{name} is off by {error}")
+
+
+def bench_grid_ops(model: str, grid: tuple[int, int], kernel: int = 3, stride: int = 2) -> Iterator[Result]:
+    x = random_tokens(model, grid)
+    turns, _, tokens, channels = x.shape
+    weight = torch.randn(channels, kernel, kernel, device="cuda", dtype=torch.bfloat16) / kernel
+    bias = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
+
+    def pooled(turn: int) -> torch.Tensor:
+        planes = x[turn].transpose(1, 2).unflatten(2, grid)
+        out = F.avg_pool2d(planes, stride, ceil_mode=True, count_include_pad=False)
+        return out.flatten(2).transpose(1, 2).contiguous()
+
+    def convolved(turn: int) -> torch.Tensor:
+        planes = x[turn].transpose(1, 2).unflatten(2, grid)
+        out = F.conv2d(planes, weight[:, None], bias, stride, groups=channels)
+        return out.flatten(2).transpose(1, 2).contiguous()
+
+    out = pool_tokens(x[0], grid, stride)
+    require_close("pool_tokens", out, pooled(0), reference.pool_tokens(x[0].double(), grid, stride))
+    yield Result(
+        "pool_tokens",
+        f"{model}, {tokens} tokens, stride {stride}",
+        2 * channels * (tokens + out.shape[1]),
+        timed(lambda turn: pool_tokens(x[turn], grid, stride), turns),
+        timed(pooled, turns),
+        "avg_pool2d",
+    )
+    out = conv_tokens(x[0], grid, weight, bias, stride)
+    exact = reference.conv_tokens(x[0].double(), grid, weight.double(), bias.double(), stride)
+    require_close("conv_tokens", out, convolved(0), exact)
+    seen = math.prod((size - kernel) // stride * stride + kernel for size in grid)
+    yield Result(
+        "conv_tokens",
+        f"{model}, {tokens} tokens, window {kernel}, stride {stride}",
+        2 * channels * (seen + out.shape[1]) + weight.nbytes + bias.nbytes,
+        timed(lambda turn: conv_tokens(x[turn], grid, weight, bias, stride), turns),
+        timed(convolved, turns),
+        "conv2d",
+    )
+
+
+def bench_prune_tokens(model: str, grid: tuple[int, int]) -> Iterator[Result]:
+    x = random_tokens(model, grid)
+    turns, _, tokens, channels = x.shape
+    keep, scores = tokens // 4, torch.randn(turns, 1, tokens, device="cuda")
+    query = torch.randn(1, channels, device="cuda", dtype=torch.bfloat16) / channels**0.5
+
+    def gathered(turn: int, scores: torch.Tensor) -> torch.Tensor:
+        indices = scores.topk(keep).indices.sort().values
+        return x[turn].gather(1, indices[..., None].expand(-1, -1, channels))
+
+    out, indices = prune_tokens(x[0], scores[0], keep)
+    expected = reference.prune_tokens(x[0], scores[0], keep)
+    require(torch.equal(out, expected[0]) and torch.equal(indices, expected[1]), "prune_tokens keeps other tokens")
+    yield Result(
+        "prune_tokens",
+        f"{model}, {keep} of {tokens} tokens",
+        2 * 2 * channels * keep + scores[0].nbytes + indices.nbytes,
+        timed(lambda turn: prune_tokens(x[turn], scores[turn], keep), turns),
+        timed(lambda turn: gathered(turn, scores[turn]), turns),
+        "topk, sort, gather",
+    )
+    out, indices = prune_tokens(x[0], None, keep, query=query)
+    exact = torch.einsum("btc,bc->bt", x[0].double(), query.double())
+    lost = exact.topk(keep).values.min() - exact.gather(1, indices).min()
+    require(bool(lost <= SCORE_GAP), f"prune_tokens by a query missed the best by {lost}")
+    yield Result(
+        "prune_tokens",
+        f"{model}, {keep} of {tokens} tokens by a query",
+        2 * channels * (tokens + keep) + indices.nbytes,
+        timed(lambda turn: prune_tokens(x[turn], None, keep, query=query), turns),
+        timed(lambda turn: gathered(turn, torch.mv(x[turn, 0], query[0])[None]), turns),
+        "mv, topk, sort, gather",
+    )
+
+
+def bench_resample_tokens(model: str, grid: tuple[int, int], count: int = 2) -> Result:
+    x = random_tokens(model, grid)
+    turns, _, tokens, channels = x.shape
+    heads = MODELS[model][0]
+    # Weights outweigh the tokens: they are walked through, too.
+    layers = math.ceil(ROTATION_BYTES / (2 * 2 * channels**2))
+    weights = torch.randn(layers, 2, channels, channels, device="cuda", dtype=torch.bfloat16) / channels**0.5
+    queries = torch.randn(count, heads, 128, device="cuda", dtype=torch.bfloat16)
+
+    def resampled(turn: int) -> torch.Tensor:
+        return resample_tokens(x[turn], queries, *weights[turn % layers])
+
+    def attended(turn: int) -> torch.Tensor:
+        k, v = (F.linear(x[turn], w).unflatten(2, (heads, 128)).transpose(1, 2) for w in weights[turn % layers])
+        return F.scaled_dot_product_attention(queries.transpose(0, 1)[None], k, v).transpose(1, 2).flatten(2)
+
+    out = resampled(0)
+    exact = reference.resample_tokens(x[0].double(), queries.double(), *weights[0].double())
+    require_close("resample_tokens", out, attended(0), exact)
+    return Result(
+        "resample_tokens",
+        f"{model}, {count} queries of {tokens} tokens",
+        x[0].nbytes + weights[0].nbytes + queries.nbytes + out.nbytes,
+        timed(resampled, turns),
+        timed(attended, turns),
+        "keys, values, SDPA",
+    )
+
+
 def require(fits: bool, message: str) -> None:
     """Ends the benchmark where an op is wrong: the time of a wrong answer is of no use."""
     if not fits:
@@ -339,6 +463,11 @@ def measurements() -> Iterator[Result]:
     for vocabulary in TAUGHT_VOCABULARIES:
         yield bench_loss("soft_cross_entropy", soft_cross_entropy, plain_cross_entropy, vocabulary)
         yield bench_loss("total_variation", total_variation, plain_variation, vocabulary)
+
+    for model, grid in itertools.product(("7B", "13B"), TOKEN_GRIDS):
+        yield from bench_grid_ops(model, grid)
+        yield from bench_prune_tokens(model, grid)
+        yield bench_resample_tokens(model, grid)
 
 
 if __name__ == "__main__":
