@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from specvlm.drafts import NGramDraft, NGramSession
+from specvlm.drafts.ngram import PLACES
 from tests.fakes import IMAGE_TOKEN
 
 
@@ -45,6 +46,25 @@ def test_the_tree_stays_within_its_nodes_and_depth():
 
 def test_the_answer_itself_is_remembered():
     assert proposal([1], [20, 21, 22, 23, 20, 21], depth=2)[0] == [21, 22, 23]
+
+
+def test_a_text_that_repeats_itself_costs_no_more_where_it_is_long():
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, place):
+            self.reads += 1
+            return super().__getitem__(place)
+
+    found = []
+    for length in (500, 5000):
+        draft = NGramDraft()
+        session = NGramSession(draft, [7] * length)
+        session._tokens = Counting(session._tokens)
+        tokens, parents = session._grow()
+        assert (tokens, parents) == ([7] * 6, [-1, *range(5)])
+        found.append(session._tokens.reads)
+    assert found[0] == found[1] <= draft.longest * (PLACES * draft.nodes * draft.depth + 2)
 
 
 def test_image_tokens_are_neither_proposed_nor_part_of_a_suffix():

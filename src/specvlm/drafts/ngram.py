@@ -6,11 +6,15 @@ Prompt lookup decoding, with several continuations as branches of one tree.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from specvlm.checks import check_int
 from specvlm.state import DecodeState
 from specvlm.targets.base import Prompt, Target
 from specvlm.tree import BUCKETS, DraftTree, root_only, tree_from_lists
+
+#: Places of one suffix that are looked at, times the nodes of the tree.
+PLACES = 4
 
 
 @dataclass(slots=True)
@@ -81,11 +85,15 @@ class NGramSession:
                 self._ends[tuple(self._tokens[end - n :])].append(end)
 
     def _grow(self) -> tuple[list[int], list[int]]:
-        """Continuations merged into one tree: longer suffixes first, then later places, until it is full."""
+        """Continuations merged into one tree: longer suffixes first, then later places, until it is full.
+
+        Of a suffix, only the latest places are looked at: where they agree the tree is never full.
+        """
         tokens, parents = [self._tokens[-1]], [-1]
         children: dict[tuple[int, int], int] = {}
         for n in range(self._draft.longest, self._draft.shortest - 1, -1):
-            for end in reversed(self._ends.get(tuple(self._tokens[-n:]), ())):
+            ends = self._ends.get(tuple(self._tokens[-n:]), ())
+            for end in islice(reversed(ends), PLACES * self._draft.nodes):
                 node = 0
                 for place in range(end, min(end + self._draft.depth, len(self._tokens))):
                     token = self._tokens[place]
