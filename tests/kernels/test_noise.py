@@ -92,6 +92,17 @@ def test_kernel_gives_the_noise_of_the_reference(device):
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_kernel_noise_is_finite_where_the_word_rounds_up_to_one(device):
+    # Token 663870 at position 7 under seed 0: in fp32 its word is 2^32, and u would be 1.
+    positions, seed = torch.tensor([[7]], device=device), torch.tensor([0], device=device)
+    words = noise.philox_integers(positions, seed, 4, first=663868)
+    assert words[0, 0, 2] == 4294967242
+    with launched(noise._noise_kernel):
+        got = noise.launch_noise(positions, seed, torch.empty(1, 1, 4, device=device), 0, 663868)
+    assert float(got[0, 0, 2]) == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
+    torch.testing.assert_close(got.cpu(), _race(words.cpu()), rtol=1e-5, atol=1e-5)
+
+
 def test_kernel_takes_no_positions(device):
     empty = torch.empty(1, 0, dtype=torch.int32, device=device)
     assert noise.race_noise(empty, torch.tensor([1], device=device), 5).shape == (1, 0, 5)
