@@ -296,10 +296,15 @@ class TestDemo:
             assert row["tokens_per_second"] > row["end_to_end_tokens_per_second"] > 0
         assert found["right"] is True
 
-    def test_for_people(self, run, tmp_path):
+    @pytest.mark.parametrize(
+        ("seconds", "said"), [(0, "\none repeat over 2 "), (1e9, "\nmedians of 3 repeats over 2 ")]
+    )
+    def test_for_people(self, run, tmp_path, monkeypatch, seconds, said):
+        monkeypatch.setattr("specvlm.demo.run.SECONDS", seconds)
         status, out, err = run("demo", "--picture", tmp_path / "scene.png")
         assert (status, err) == (0, "")
         assert "\x1b" not in out
+        assert said in out
         assert f"picture   {tmp_path / 'scene.png'}\n" in out
         assert all(
             word in out

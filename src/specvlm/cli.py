@@ -192,7 +192,8 @@ def demo(
         _print_json(about | {"right": right, "rows": [row.summary() for row in rows]})
         return
     console.print(_speeds(rows))
-    console.print(f"medians of {done} repeats over {len(todo)} questions; AR is the same engine without a draft")
+    repeated = "one repeat" if done == 1 else f"medians of {done} repeats"
+    console.print(f"{repeated} over {len(todo)} questions; AR is the same engine without a draft")
 
 
 @app.command()
