@@ -5,10 +5,10 @@ A token's rank is how many others go before it,
     rank(t) = #{u : s_u > s_t, or s_u = s_t and u < t},       s = scores, or x . query; NaN counts as -inf
 
 so ranks are a permutation whatever the scores, and the best `keep` are those of rank < keep. Nothing is sorted: one
-kernel counts every token's rank, T^2 comparisons that all run at once (8 million at 2,880 tokens, about a microsecond
-of a large GPU), and writes the token of each rank that stays, 4 bytes each. In a second kernel the program of one such
-token counts how many of the kept come before it in the picture, which is its row in the result, and copies it there.
-With a query a kernel before these reads x once and writes a score a token in fp32: the order of an attention's weights.
+kernel counts every token's rank, T^2 comparisons that all run at once (8 million at 2,880 tokens), and writes the token
+of each rank that stays, 4 bytes each. In a second kernel the program of one such token counts how many of the kept come
+before it in the picture, which is its row in the result, and copies it there. With a query a kernel before these reads
+x once and writes a score a token in fp32: the order of an attention's weights.
 
     out[j] = x[indices[j]],      dx[indices[j]] = dout[j], zero elsewhere
 

@@ -13,9 +13,10 @@ through the key's projection once, and the value's projection takes the mean, in
     o_ih = W_v_h m_ih               [D]
 
 For the R = Q * heads rows that is 4 T R C operations in the middle in place of the 4 T heads D C of keys and values:
-D / Q times fewer, 64 times for two queries and heads of 128. Written in between are R rows of C and R of T, 1 to 2 MB;
-keys and values of 2,880 tokens at C = heads * D = 4,096 in bf16 would be 47 MB. The floor in bytes is x, both weights
-and the queries, read once; x is read a second time for the mean, from the L2 cache where it fits.
+D / Q times fewer, 64 times for two queries and heads of 128. Written in between are R rows of C twice, R of T, and R
+of T in fp32 for each part of the scores (below): 5 MB for two queries, 2,880 tokens and C = heads * D = 4,096 in bf16,
+where keys and values would be 47 MB. The floor in bytes is x, both weights and the queries, read once; x is read a
+second time for the mean, from the L2 cache where it fits.
 
 The gradient has the same form. With do that of o, and n_ih = W_v_h^T do_ih folded as a query is,
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,11 @@ def loss_cases(name: str, logits: torch.Tensor, teacher_logits: torch.Tensor) ->
 
 def token_cases() -> Iterator[Case]:
     """Visual tokens of a picture and of five, as wide as LLaVA's language models, forward and backward."""
-    for model, height, width in itertools.product(MODELS[:2], (24, 120), (24,)):
+    width = 24
+    for model, height in itertools.product(MODELS[:2], (24, 120)):
         name, quick = f"{height * width} tokens {model.name}", (model, height) == (MODELS[0], 24)
         for case in (*grid_cases(model, height, width), *selection_cases(model, height * width)):
-            yield Case(f"{case.name} {name}", case.launch, quick)
+            yield Case(f"{case.name} {name}", case.launch, quick and case.quick)
 
 
 def grid_cases(model: Shape, height: int, width: int) -> Iterator[Case]:
@@ -182,19 +183,27 @@ def grid_cases(model: Shape, height: int, width: int) -> Iterator[Case]:
 
 
 def selection_cases(model: Shape, tokens: int) -> Iterator[Case]:
-    channels, keep, count = model.heads * model.head_dim, tokens // 4, 2
+    channels, keep = model.heads * model.head_dim, tokens // 4
     x, scores, query = meta(1, tokens, channels), meta(1, tokens), meta(1, channels)
     kept, indices = meta(1, keep, channels), meta(1, keep, dtype=torch.int64)
-    yield Case("prune_tokens", lambda: launch_prune_tokens(x, scores, None, keep))
+    yield Case("prune_tokens", lambda: launch_prune_tokens(x, scores, None, keep), quick=False)
     yield Case("prune_tokens by a query", lambda: launch_prune_tokens(x, None, query, keep))
     yield Case("prune_tokens backward", lambda: launch_prune_tokens_backward(kept, indices, tokens))
+    yield resample_case("resample_tokens and backward", model, tokens)
 
-    queries, weight = meta(count, model.heads, model.head_dim), meta(channels, channels)
-    folded, mean = meta(count, model.heads, channels), meta(1, count * model.heads, channels)
-    inputs, saved = (x, queries, weight, weight), (folded, meta(1, count * model.heads, tokens), mean)
-    out = meta(1, count, channels)
-    yield Case("resample_tokens", lambda: launch_resample_tokens(*inputs, 0.1))
-    yield Case("resample_tokens backward", lambda: launch_resample_tokens_backward(out, *inputs, *saved, 0.1, True))
+
+def resample_case(name: str, model: Shape, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Forward and backward: most of their products are the same."""
+    channels, count = model.heads * model.head_dim, 2
+    queries = meta(count, model.heads, model.head_dim, dtype=dtype)
+    x, out = meta(1, tokens, channels, dtype=dtype), meta(1, count, channels, dtype=dtype)
+    weight = meta(channels, channels, dtype=dtype)
+
+    def launch() -> None:
+        _, *saved = launch_resample_tokens(x, queries, weight, weight, 0.1)
+        launch_resample_tokens_backward(out, x, queries, weight, weight, *saved, 0.1, True)
+
+    return Case(name, launch)
 
 
 def shared_cases() -> Iterator[Case]:
@@ -214,6 +223,7 @@ def other_cases() -> Iterator[Case]:
     model = MODELS[0]
     yield attention_case("tree_attention fp32", model, torch.float32)
     yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
+    yield replace(resample_case("resample_tokens and backward, fp32", model, 576, torch.float32), quick=False)
     keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
     parents = meta(1, 128, dtype=torch.int32)
     yield Case("walk of 128 nodes", lambda: launch_walk(keys, tokens, parents))

@@ -61,8 +61,8 @@ def cases(draw, tokens, dtypes, channels=(1, 20, 32, 45)):
 # The kernels.
 
 
-@settings(max_examples=5, deadline=None)
-@given(case=cases([1, 2, 17, 40], (torch.float32, torch.float16)))
+@settings(max_examples=4, deadline=None)
+@given(case=cases([1, 2, 40], (torch.float32, torch.float16)))
 def test_kernels_give_attention_and_its_gradients(device, case):
     check(case, device)
 
@@ -203,7 +203,7 @@ def test_tokens_that_want_no_gradient_cost_none(device):
 
 
 def test_kernels_are_operators_that_compile_whole(device):
-    check_compiled(KERNELS, resample_tokens, WANTS, **moved(case_of(5, 8, (1, 2, 4)), device))
+    check_compiled(KERNELS, resample_tokens, WANTS, **moved(case_of(3, 4, (1, 2, 2), batch=1), device))
 
 
 @pytest.mark.slow
