@@ -20,6 +20,8 @@ from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava, tiny_lm, tin
 #: Sizes of a draft: none of them the target's, one head for two or one for itself.
 GQA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
 MHA = {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+#: A vocabulary that is the first part of the target's.
+FEWER = MHA | {"vocab_size": 200}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +47,19 @@ def with_tower_of(model: PreTrainedModel, draft: PreTrainedModel) -> PreTrainedM
 
 
 def plain_logits(model: PreTrainedModel, prompt: dict[str, Tensor], said: list[int]) -> Tensor:
-    """The model's own logits [V] after a prompt and what was said, as transformers computes them."""
-    ids = torch.cat([prompt["input_ids"], torch.tensor([said])], dim=1)
-    if not isinstance(model, FAMILIES):
-        return model(input_ids=ids[ids != IMAGE_TOKEN][None]).logits[0, -1]
+    """The model's own logits [V] after a prompt and what was said, as transformers computes them.
+
+    It reads its last id for those that it lacks, of which it says nothing.
+    """
+    ids = torch.cat([prompt["input_ids"], torch.tensor([said])], dim=1).clamp(max=model.lm_head.out_features - 1)
     pictures = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
-    return model(input_ids=ids, **pictures).logits[0, -1]
+    if not isinstance(model, FAMILIES):
+        ids, pictures = ids[ids != IMAGE_TOKEN][None], {}
+    logits = model(input_ids=ids, **pictures).logits[0, -1]
+    return torch.nn.functional.pad(logits, (0, VOCAB - len(logits)), value=-torch.inf)
 
 
-@pytest.mark.parametrize("changes", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("changes", [MHA, GQA, FEWER], ids=["mha", "gqa", "fewer rows"])
 @pytest.mark.parametrize("kind", ["llava", "llama", "mistral", "qwen2"])
 def test_draft_logits_are_the_models_own_at_every_level(specvlm, kind, changes, monkeypatch):
     model = small(kind, changes)
@@ -237,8 +243,8 @@ def test_one_draft_serves_two_targets_in_turn(specvlm):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", {"vocab_size": 300}, "vlm vocab_size: expected the target's 320, got 300"),
-        ("llava", {"vocab_size": 300}, "vlm vocab_size: expected the target's 320, got 300"),
+        ("llama", {"vocab_size": 330}, "vlm vocab_size: expected at most the target's 320, got 330"),
+        ("llava", {"vocab_size": 330}, "vlm vocab_size: expected at most the target's 320, got 330"),
         ("llava_next", {}, "vlm model_type: expected the target's llava, got llava_next"),
         ("llama", {"head_dim": 16}, "vlm head_dim: expected 32 to 128, got 16 in llama"),
         (
@@ -251,6 +257,30 @@ def test_one_draft_serves_two_targets_in_turn(specvlm):
 def test_models_that_do_not_fit_the_target(specvlm, kind, changes, message):
     with pytest.raises(ValueError, match=message):
         VLMDraft(small(kind, MHA | changes)).bind(specvlm.target)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llama"])
+def test_a_model_of_fewer_rows_proposes_what_it_knows(specvlm, kind, monkeypatch):
+    trees = []
+    select = Eagle2.select
+    monkeypatch.setattr(Eagle2, "select", lambda *args: trees.append(select(*args)) or trees[-1])
+    prompt = prompt_for(specvlm.target.model)
+    draft = VLMDraft(small(kind, FEWER), Eagle2(Plan(nodes=32, depth=3, width=8)))
+    for options in ({"temperature": 0.0}, {"temperature": 1.5}):
+        expected = specvlm.generate(**prompt, **options, max_new_tokens=40).tokens
+        assert max(expected) >= 200, "it is to read what it lacks"
+        assert specvlm.generate(**prompt, **options, max_new_tokens=40, draft=draft).tokens == expected
+    proposed = {token for tree in trees for token in tree.tokens[0, 1:][tree.parents[0, 1:] >= 0].tolist()}
+    assert 150 < max(proposed) < 200
+    with pytest.raises(ValueError, match="width: expected at most the 6 tokens of the vocabulary, got 7"):
+        VLMDraft(small("llama", MHA | {"vocab_size": 6}), Eagle2(Plan(8, 2, 7))).bind(specvlm.target)
+
+
+def test_a_draft_goes_from_a_larger_target_to_one_of_its_own_size(specvlm):
+    draft, few = VLMDraft(small("llama", FEWER)), SpecVLM(tiny_llava(vocab_size=200))
+    for target in (specvlm.target, few.target, specvlm.target):
+        draft.bind(target)
+        assert draft.logits(torch.randn(1, 2, MHA["hidden_size"])).shape == (1, 2, target.spec.vocab_size)
 
 
 def test_models_of_another_kind():
@@ -307,6 +337,9 @@ def test_tokenizers_that_differ():
     message = rf"vlm tokenizer: expected the target's tokens, got others at ids {ids[0]} \('.', the target's '.'\), "
     with pytest.raises(ValueError, match=message + rf"{ids[1]} \('.', the target's '.'\)$"):
         VLMDraft(small("llama", MHA), tokenizer=other).bind(specvlm.target)
+    with pytest.raises(ValueError, match=message):
+        VLMDraft(small("llama", MHA | {"vocab_size": ids[1] + 1}), tokenizer=other).bind(specvlm.target)
+    VLMDraft(small("llama", MHA | {"vocab_size": ids[0]}), tokenizer=other).bind(specvlm.target)
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llama", "mistral", "qwen2"])

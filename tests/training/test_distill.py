@@ -12,7 +12,7 @@ from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, VLMDraft
 from specvlm.policies import Eagle2
 from specvlm.training import Batch, DistillConfig, distill
 from specvlm.tree import Plan
-from tests.fakes import prompt_for, tiny_llava, tiny_lm
+from tests.fakes import IMAGE_TOKEN, prompt_for, tiny_llava, tiny_lm
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,23 @@ def test_a_small_model_that_knows_its_batch_accepts_nearly_every_level(specvlm, 
     assert draft.shares_tower is (kind == "llava")
     answer = specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=31, draft=draft)
     assert answer.stats.tau > depth
+
+
+def test_a_small_model_of_fewer_rows_learns_what_the_target_says_of_these(specvlm):
+    batch, rows = batch_of(specvlm, 40), 200
+    draft = VLMDraft(tiny_lm(seed=5, vocab_size=rows))
+    draft.bind(specvlm.target)
+    ids, given = batch.inputs["input_ids"], int(batch.answers.sum()) - 1
+    assert ids[batch.answers].max() >= rows
+    with torch.no_grad():
+        teacher = specvlm.target.model(**batch.inputs).logits[0, -given - 1 : -1, :rows]
+        text = ids[ids != IMAGE_TOKEN].clamp(max=rows - 1)[None]
+        logits = draft.model(input_ids=text).logits[0, -given - 1 : -1]
+    expected = -(teacher.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    config = DistillConfig(steps=30, learning_rate=3e-3, cross_entropy_weight=1.0)
+    first, *_, last = distill(specvlm.target, draft, lambda step: batch, config)
+    assert first.parts["cross_entropy"] == pytest.approx(float(expected), rel=1e-4)
+    assert last.loss < first.loss
 
 
 def test_a_small_models_tower_stays_as_it_is_and_its_run_resumes(specvlm, tmp_path: Path):

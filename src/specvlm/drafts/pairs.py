@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specvlm.checks import check_int
 from specvlm.compressors import Compressor, CompressorConfig, compressor_config
-from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
+from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of, spread
 from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt
@@ -194,8 +194,3 @@ class PairSession:
         hidden = self._draft.head.compressor.guided(hidden, self._guide)
         pairs = Pairs(self._target.embed(tokens), hidden, positions.clamp(max=self._context - 1))
         return self._draft.head(pairs, self._slab, step)
-
-
-def spread(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """Logits [..., r] of `ids` [r] over the whole vocabulary [..., V]; -inf for all others."""
-    return logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf).index_copy_(-1, ids, logits)

@@ -1,7 +1,8 @@
 """An independent small model as a draft: a LLaVA that sees the picture too, or a language model that reads text alone.
 
-It needs the target's vocabulary and nothing else of it. The token at position p stands in slot p of the draft's own KV:
-a round first appends what the target emitted, then grows a tree behind it and drops it.
+It needs the target's vocabulary, or the first part of it, and nothing else of it; a token that it has no row for it
+reads as its last one and never proposes. The token at position p stands in slot p of the draft's own KV: a round first
+appends what the target emitted, then grows a tree behind it and drops it.
 
 Source: Spec-LLaVA, whose drafts are LLaVA-68M and 160M with the target's vision tower. Where the towers' weights are
 equal, the target's output is projected by the draft, and a picture is encoded once.
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of
+from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of, spread
 from specvlm.policies import Eagle2, TreePolicy
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
@@ -66,6 +67,8 @@ class VLMDraft:
     #: What `bind` bound it to, and the ids that it never proposes there.
     target: Target
     exclude: Tensor
+    #: [r] int64 the target's tokens that it can propose, its first ones; None: all.
+    vocabulary: Tensor | None
 
     def __init__(
         self,
@@ -111,25 +114,27 @@ class VLMDraft:
         before.
 
         Raises:
-            ValueError: naming what does not fit: the vocabulary's size or its ids, how a picture is read, or a target
-                of another device or dtype than the one it was bound to before.
+            ValueError: naming what does not fit: more rows than the target's vocabulary has, other ids in those that
+                both have, how a picture is read, or a target of another device or dtype than the one it was bound to
+                before.
         """
         spec = target.spec
-        if (size := self.model.lm_head.out_features) != spec.vocab_size:
-            raise ValueError(f"vlm vocab_size: expected the target's {spec.vocab_size}, got {size}")
+        if (size := self.model.lm_head.out_features) > spec.vocab_size:
+            raise ValueError(f"vlm vocab_size: expected at most the target's {spec.vocab_size}, got {size}")
         check_policy(self.policy, spec.device, size, f"{size} tokens of the vocabulary")
         place = spec.device, spec.dtype
         if self._place not in (None, place):
             raise ValueError(f"vlm: expected a target on {self._place}, where the draft is, got one on {place}")
         if target.model is not self._compared:
             if self.tokenizer is not None and spec.tokenizer is not None:
-                _check_tokenizer(self.tokenizer, spec.tokenizer)
+                _check_tokenizer(self.tokenizer, spec.tokenizer, size)
             if self.sees:
                 _check_pictures(self.model, target.model)
             self._move(*place)
             self.shares_tower = self.sees and _same_tower(self.model, target.model)
             self._compared = target.model
         self.target = target
+        self.vocabulary = None if size == spec.vocab_size else torch.arange(size, device=spec.device)
         self.exclude = torch.tensor(sorted(spec.media_ids), dtype=torch.int64, device=spec.device)
 
     @property
@@ -148,12 +153,18 @@ class VLMDraft:
         return VLMSession(copy.copy(self), prompt, state)  # it keeps this target
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings [..., H] of token ids."""
-        return self.model.get_input_embeddings()(tokens)
+        """Embeddings [..., H] of the target's token ids; one that the model lacks is taken for its last."""
+        table = self.model.get_input_embeddings()
+        return table(tokens.clamp(max=table.num_embeddings - 1))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., r] of `forward`'s outputs, over what it can propose."""
+        return self.model.lm_head(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of `forward`'s outputs."""
-        return self.model.lm_head(hidden)
+        """Logits [..., V] of `forward`'s outputs, over the target's vocabulary; -inf for what it cannot propose."""
+        logits, ids = self.own_logits(hidden), self.vocabulary
+        return logits if ids is None else spread(logits, ids, self.target.spec.vocab_size)
 
     def forward(self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep) -> Tensor:
         """Post-final-norm hidden states [B, T, H] for embeddings [B, T, H].
@@ -263,12 +274,11 @@ def _tokenizer(folder: Path) -> Any | None:
         raise ValueError(f"draft: expected a tokenizer in {folder}, got {first_line(error)}") from error
 
 
-def _check_tokenizer(mine: Any, theirs: Any) -> None:
-    """Checks that both give every token the same id."""
-    differing = mine.get_vocab().items() ^ theirs.get_vocab().items()
-    if not differing:
+def _check_tokenizer(mine: Any, theirs: Any, size: int) -> None:
+    """Checks that both have the same tokens at the ids below `size`."""
+    ids = sorted({id_ for _, id_ in mine.get_vocab().items() ^ theirs.get_vocab().items() if id_ < size})
+    if not ids:
         return
-    ids = sorted({id_ for _, id_ in differing})
     told = ", ".join(
         f"{id_} ({mine.convert_ids_to_tokens([id_])[0]!r}, the target's {theirs.convert_ids_to_tokens([id_])[0]!r})"
         for id_ in ids[:_NAMED_IDS]

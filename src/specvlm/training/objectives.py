@@ -162,7 +162,7 @@ class HeadObjective:
 
 
 class ModelObjective:
-    """A small model's, whose vision tower stays as it is: the target's distribution.
+    """A small model's, whose vision tower stays as it is: the target's distribution, over the tokens that it knows.
 
     Raises:
         ValueError: features are to have noise, or steps to be unrolled, and it reads no features.
@@ -193,7 +193,8 @@ class ModelObjective:
         row, place = (answers[:, :-1] & answers[:, 1:]).nonzero(as_tuple=True)
         with torch.no_grad():
             teacher_logits = self._target.head(features[row, place])
-        losses = logit_losses(draft.logits(hidden[row, place - left_out[row]]), teacher_logits, self._config)
+        logits = draft.own_logits(hidden[row, place - left_out[row]])
+        losses = logit_losses(logits, teacher_logits, self._config, vocabulary=draft.vocabulary)
         return Lesson(losses.weighed(self._config), losses.told(), losses.agreement)
 
 
