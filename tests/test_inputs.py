@@ -11,7 +11,6 @@ from transformers import OPTConfig
 from specvlm import SpecVLM, load
 from specvlm.config import GenerateConfig
 from specvlm.drafts import NGramDraft
-from specvlm.pictures import open_picture, picture_size
 from specvlm.state import SlabPool
 from specvlm.targets.hf import HFTarget
 from tests.fakes import VOCAB, picture, prompt_for, tiny_llava, tiny_processor
@@ -361,14 +360,3 @@ def test_generation_configs_that_change_greedy_answers(setting, value):
     setattr(model.generation_config, setting, value)
     with pytest.raises(ValueError, match=rf"generation config: expected no {setting}, got {re.escape(str(value))}"):
         SpecVLM(model)
-
-
-def test_pictures_stand_as_their_exif_data_say(tmp_path):
-    turned = Image.new("RGB", (20, 40), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == picture_size(tmp_path / "turned.jpg") == (40, 20)
-    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="image: expected 8 bits a channel, got a picture of mode I;16"):
-        open_picture(tmp_path / "deep.png")

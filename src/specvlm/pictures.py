@@ -9,32 +9,37 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+#: EXIF orientations that swap width and height.
+_LYING = range(5, 9)
+
 
 def open_picture(picture: Any, name: str | None = None) -> Image.Image:
     """`picture` as RGB, from a PIL image, the path of a picture file, or such a file's bytes, which may have a `name`.
 
-    It is turned as its EXIF data say.
+    It is turned as its EXIF data say, and grey levels of 16 bits become 8.
 
     Raises:
-        ValueError: it is none of these, the file is not there, it is not a whole picture, or has 16 bits a channel.
+        ValueError: it is none of these, the file is not there, it is not a whole picture, or its levels have a range
+            that nobody knows.
     """
     with _opened(picture, name) as opened:
         upright = ImageOps.exif_transpose(opened)
-        if upright.mode.startswith("I") or upright.mode == "F":  # more than 8 bits, which convert would cut off
-            raise ValueError(f"image: expected 8 bits a channel, got a picture of mode {upright.mode}")
+        if opened.mode.startswith("I;16") or (opened.mode, opened.format) == ("I", "PNG"):  # PIL would cut, not scale
+            upright = upright.convert("I").point(lambda level: level / 257 + 0.5).convert("L")
+        elif opened.mode in ("I", "F"):
+            raise ValueError(f"image: expected 8 or 16 bits a channel, got PIL's mode {opened.mode}, of 32")
         return upright.convert("RGB")
 
 
 def picture_size(picture: Any, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of what `open_picture` makes of a picture, as that says of itself.
+    """(width, height) of what `open_picture` gives, as the picture says of itself.
 
     Raises:
         ValueError: as `open_picture`, but for a picture that breaks off.
     """
     with _opened(picture, name) as opened:
         width, height = opened.size
-        lies = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (height, width) if lies else (width, height)
+        return (height, width) if opened.getexif().get(ExifTags.Base.Orientation) in _LYING else (width, height)
 
 
 @contextlib.contextmanager
