@@ -164,8 +164,8 @@ def eagle(spec: TargetSpec) -> EagleDraft:
 
 def eagle3(spec: TargetSpec) -> Eagle3Draft:
     torch.manual_seed(1)
-    draft = Eagle3Draft(Eagle3Head(Eagle3Config.for_target(spec, intermediate_size=96, draft_vocab_size=200)))
-    draft.head.set_vocabulary(torch.arange(100, 300))
+    draft = Eagle3Draft(Eagle3Head(Eagle3Config.for_target(spec, intermediate_size=96, draft_vocab_size=201)))
+    draft.head.set_vocabulary(torch.tensor([EOS, *range(100, 300)]))
     return draft
 
 
@@ -200,7 +200,7 @@ def test_the_logits_are_those_of_the_whole_head(specvlm, spec, whole):
     kept = [token for token in (EOS, 120, 150) if full[0, 0, token] > -torch.inf]
     torch.testing.assert_close(found[..., kept], full[..., kept])
     assert (found > -torch.inf).sum() == 3 * len(kept)
-    assert set(kept) >= {120, 150}
+    assert kept == [EOS, 120, 150]
 
 
 def test_subsets_that_a_draft_refuses(specvlm, spec):
@@ -208,8 +208,19 @@ def test_subsets_that_a_draft_refuses(specvlm, spec):
         eagle(spec).with_vocabulary([7, 8, 9]).bind(specvlm.target)
     with pytest.raises(ValueError, match="draft_vocab_size: expected an integer from 1 to 320, got 0"):
         eagle(spec).with_vocabulary([])
-    with pytest.raises(ValueError, match="eagle3 vocabulary: expected some of the head's 200 tokens, got none"):
-        eagle3(spec).with_vocabulary([EOS, 7])
+    with pytest.raises(ValueError, match="eagle3 vocabulary: expected some of the head's 201 tokens, got none"):
+        eagle3(spec).with_vocabulary([7])
+    with pytest.raises(ValueError, match=r"eagle3 d2t: expected every EOS id, got none of \[2\]"):
+        eagle3(spec).with_vocabulary([120, 150, 180]).bind(specvlm.target)
+
+
+@pytest.mark.parametrize("whole", [eagle, eagle3])
+@pytest.mark.parametrize("ids", [[EOS, 120.5], [2.0, 120], [EOS, True]], ids=str)
+def test_subsets_of_what_are_no_ids(spec, whole, ids):
+    with pytest.raises(TypeError, match=r"eagle3? vocabulary: expected an integer, got (120.5|2.0|True)"):
+        whole(spec).with_vocabulary(ids)
+    with pytest.raises(ValueError, match=r"eagle3? vocabulary: expected an integer >= 0, got -1"):
+        whole(spec).with_vocabulary([-1, EOS])
 
 
 def test_what_a_folder_tells_without_its_weights(specvlm, tmp_path):

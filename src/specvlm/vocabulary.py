@@ -143,12 +143,17 @@ def read_vocabulary(path: str | Path, spec: TargetSpec) -> list[int]:
         ids = json.loads(Path(path).read_text())["ids"]
         if not isinstance(ids, list):
             raise TypeError("ids: expected a list")
-        for token in ids:
-            check_int("ids", token, low=0)
+        check_ids("ids", ids)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"vocabulary: expected a JSON object with a list of ids in {path}, got {error}") from error
     check_vocabulary("vocabulary", ids, spec)
     return ids
+
+
+def check_ids(name: str, ids: Sequence[int]) -> None:
+    """Raises a TypeError unless all of `ids` are integers, a ValueError unless they are 0 or more."""
+    for token in ids:
+        check_int(name, token, low=0)
 
 
 def check_vocabulary(name: str, ids: Sequence[int], spec: TargetSpec) -> None:

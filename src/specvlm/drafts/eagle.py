@@ -18,7 +18,7 @@ from specvlm.drafts.heads import sizes_like
 from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
-from specvlm.vocabulary import check_vocabulary
+from specvlm.vocabulary import check_ids, check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +95,13 @@ class EagleDraft(PairDraft):
         Args:
             ids: ascending, the EOS ids among them and no image id; `bind` checks that. See `read_vocabulary`.
 
+        Raises:
+            ValueError: there is none, or there are more than in the target's vocabulary.
+            TypeError: one of them is no integer.
+
         Source: FR-Spec (Zhao et al., 2025).
         """
+        check_ids("eagle vocabulary", ids)
         head = EagleHead(replace(self.head.config, draft_vocab_size=len(ids)))
         head.load_state_dict(self.head.state_dict() | {"vocabulary": torch.tensor(ids)})
         return EagleDraft(head, self.policy, self.shared_noise)

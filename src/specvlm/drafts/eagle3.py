@@ -24,7 +24,7 @@ from specvlm.drafts.heads import checked_taps, sizes_like
 from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
-from specvlm.vocabulary import check_vocabulary
+from specvlm.vocabulary import check_ids, check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +151,16 @@ class Eagle3Draft(PairDraft):
     def with_vocabulary(self, ids: Sequence[int]) -> "Eagle3Draft":
         """A draft of the same weights, copied, that proposes those of its tokens that are among `ids`.
 
+        Args:
+            ids: the EOS ids among them and no image id; `bind` checks that of what is left. See `read_vocabulary`.
+
         Raises:
             ValueError: none of them is, or one of them is no id of the target's vocabulary.
+            TypeError: one of them is no integer.
 
         Source: FR-Spec (Zhao et al., 2025).
         """
+        check_ids("eagle3 vocabulary", ids)
         wanted, tokens, size = set(ids), self.head.vocabulary.tolist(), self.head.config.vocab_size
         if outside := sorted(token for token in wanted if not 0 <= token < size):
             raise ValueError(f"eagle3 vocabulary: expected ids in [0, {size}), got {outside[0]}")
