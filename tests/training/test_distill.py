@@ -307,6 +307,17 @@ def test_small_updates_are_not_lost_in_half_precision():
     assert moved > 0.5
 
 
+def test_a_draft_that_is_not_the_targets_does_not_learn_from_it(specvlm):
+    spec = specvlm.target.spec
+    loose = EagleDraft(EagleHead(EagleConfig.for_target(spec, intermediate_size=64)))
+    config = DistillConfig(steps=1)
+    with pytest.raises(ValueError, match="draft: expected one that is bound to the target, got one that is bound to n"):
+        next(distill(specvlm.target, loose, lambda step: batch_of(specvlm, 8), config))
+    loose.bind(SpecVLM(tiny_llava()).target)
+    with pytest.raises(ValueError, match="draft: expected one that is bound to the target, got one that is bound to a"):
+        next(distill(specvlm.target, loose, lambda step: batch_of(specvlm, 8), config))
+
+
 def test_noise_for_a_draft_that_reads_no_features(specvlm):
     config = DistillConfig(steps=1, feature_noise=0.1)
     run = distill(specvlm.target, small_draft(specvlm, "llama"), lambda step: batch_of(specvlm, 8), config)

@@ -68,8 +68,9 @@ def distill(
         tau_every: steps between measurements; None: a measurement whenever a checkpoint is due.
 
     Raises:
-        ValueError: the draft is of a kind that does not learn, the config does not fit it, the checkpoint is broken or
-            another run's, or a loss is no finite number: its batches are named, and the last checkpoint stays.
+        ValueError: the draft is of a kind that does not learn or is not bound to the target, the config does not fit
+            it, the checkpoint is broken or another run's, or a loss is no finite number: its batches are named, and the
+            last checkpoint stays.
         OSError: a checkpoint cannot be written; the one before it stays.
     """
     objective = objective_of(target, draft, config)

@@ -217,9 +217,14 @@ def objective_of(target: HFTarget, draft: Draft, config: DistillConfig) -> Objec
     """What `draft`, which is bound to `target`, learns by.
 
     Raises:
-        ValueError: drafts of its kind do not learn, or `config` does not fit it.
+        ValueError: drafts of its kind do not learn, it is bound to another target or to none, or `config` does not fit
+            it.
     """
     if type(draft) not in OBJECTIVES:
         known = " or ".join(kind.__name__ for kind in OBJECTIVES)
         raise ValueError(f"draft: expected a {known}, which learn, got {type(draft).__name__}")
+    bound = getattr(draft, "target", None)
+    if bound is None or bound.model is not target.model:
+        got = "one that is bound to none" if bound is None else "one that is bound to another"
+        raise ValueError(f"draft: expected one that is bound to the target, got {got}")
     return OBJECTIVES[type(draft)](target, draft, config)
