@@ -1,10 +1,14 @@
 """Measuring drafts: every condition has its row, and an answer that differs shows."""
 
+import time
+
 import pytest
 
 from specvlm import SpecVLM
-from specvlm.drafts import NGramDraft
+from specvlm.drafts import NGramDraft, VLMDraft
 from specvlm.measuring import Row, measure
+from specvlm.trace import Trace, TracedDraft, TracedTarget
+from specvlm.tree import Growth
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
 
 
@@ -29,7 +33,35 @@ def test_rows(model):
     assert all(row.decode.low <= row.decode.median <= row.decode.high for row in rows)
     assert all(row.end_to_end.median < row.decode.median for row in rows)
     assert all(0 < row.verify_share < 1 and 0 < row.host_share < 1 and row.host_ms > 0 for row in rows)
+    assert all(row.draft_share == 0 and 0 < row.growth_share < row.host_share for row in rows), "none has a model"
     assert [row.tau for row in rows if row.draft is None] == [1, 1]
+
+
+def test_growing_a_tree_is_the_hosts_time(model, monkeypatch):
+    forwards, growing, slowness = [], [], 0.003
+
+    def slow(call, calls):
+        def slower(*args):
+            calls.append(None)
+            time.sleep(slowness)
+            return call(*args)
+
+        return slower
+
+    draft = VLMDraft(tiny_llava())
+    monkeypatch.setattr(draft, "logits", slow(draft.logits, forwards))
+    monkeypatch.setattr(draft, "forward", slow(draft.forward, forwards))
+    monkeypatch.setattr(Growth, "expand", slow(Growth.expand, growing))
+    prompt = prompt_for(model.target.model)
+    trace = Trace()
+    traced = SpecVLM.from_target(TracedTarget(model.target, trace), TracedDraft(draft, trace))
+    answer = traced.generate(**prompt, max_new_tokens=12)
+    asked = len(forwards) - 1  # the first reads the prompt, which is before the first round
+    assert asked > 2 * answer.stats.rounds
+    assert trace.draft >= asked * slowness
+    assert trace.growth >= len(growing) * slowness
+    assert trace.draft + trace.growth == pytest.approx(trace.propose)
+    assert trace.propose + trace.verify < answer.stats.decode_seconds
 
 
 def test_an_answer_that_differs_shows(model, monkeypatch):

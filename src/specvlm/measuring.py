@@ -32,8 +32,10 @@ class Row:
         end_to_end: prefill included.
         tau: tokens a round, bonus included.
         identical: every answer was autoregressive decoding's of the same seed, token for token.
-        draft_share, verify_share: of the time after the first token; the rest is the host's.
-        host_ms: the host's time a round, in milliseconds.
+        draft_share, verify_share: the draft's and the target's forwards, of the time after the first token; the rest
+            is the host's.
+        growth_share: what of that rest is the growing of trees around the draft's forwards.
+        host_ms: the host's time a round, outside both models' forwards, in milliseconds.
     """
 
     draft: str | None
@@ -44,6 +46,7 @@ class Row:
     identical: bool
     draft_share: float
     verify_share: float
+    growth_share: float
     host_ms: float
 
     def summary(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class Row:
 
     @property
     def host_share(self) -> float:
-        """Of the time after the first token, what neither model took."""
+        """Of the time after the first token, what neither model's forwards took."""
         return 1 - self.draft_share - self.verify_share
 
 
@@ -124,6 +127,7 @@ def _row(draft: str | None, temperature: float, runs: list[_Run], expected: list
         identical=_tokens(runs) == _tokens(expected),
         draft_share=drafting / seconds,
         verify_share=verifying / seconds,
+        growth_share=sum(run.trace.growth for run in runs) / seconds,
         host_ms=(seconds - drafting - verifying) / rounds * 1e3,
     )
 

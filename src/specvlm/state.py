@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +182,7 @@ class DecodeState:
         prompt_ids: the prompt on the host, a list a row.
         tokens: the answer on the host, cut where it ends, a list a row.
         finished: the answer has ended.
+        drafting: what every forward of a draft runs in, its output head included; a trace takes the time there.
     """
 
     slab: Tensor
@@ -193,6 +195,7 @@ class DecodeState:
     pool: SlabPool
     tokens: list[list[int]] = field(init=False)
     finished: bool = field(init=False, default=False)
+    drafting: Callable[[], AbstractContextManager[None]] = field(init=False, default=nullcontext)
     _closed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

@@ -1,8 +1,10 @@
 """Where a round's time goes: the target and the draft, wrapped so that their calls are timed."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,26 @@ class Trace:
     """Seconds spent in the models since it was made; the rest of a round is the host's.
 
     Attributes:
-        draft: in `DraftSession.propose`, the head's forwards and the tree's growth.
-        verify: in `Target.verify`.
+        draft: in the draft's forwards.
+        verify: in `Target.verify`, the target's.
+        propose: in `DraftSession.propose`: the draft's forwards, and the tree's growth around them.
     """
 
     draft: float = 0.0
     verify: float = 0.0
+    propose: float = 0.0
+
+    @property
+    def growth(self) -> float:
+        """In `DraftSession.propose` outside the draft's forwards: choosing children, nodes and the next shape."""
+        return self.propose - self.draft
+
+    @contextmanager
+    def forward(self, device: torch.device) -> Iterator[None]:
+        """What a draft's forward runs in."""
+        started = _now(device)
+        yield
+        self.draft += _now(device) - started
 
 
 class TracedTarget:
@@ -56,7 +72,7 @@ class TracedTarget:
 
 
 class TracedDraft:
-    """A draft whose proposals are timed; it draws on the traced target, whose forwards are not timed for it."""
+    """A draft whose proposals are timed, and in them its forwards; what it asks of the target is among those."""
 
     def __init__(self, draft: Draft, trace: Trace) -> None:
         self._draft, self._trace = draft, trace
@@ -66,6 +82,7 @@ class TracedDraft:
         self._draft.bind(target)
 
     def start(self, prompt: Prompt, state: DecodeState) -> DraftSession:
+        state.drafting = partial(self._trace.forward, state.kv_len.device)
         return _TracedSession(self._draft.start(prompt, state), self._trace)
 
 
@@ -77,7 +94,7 @@ class _TracedSession:
         device = state.kv_len.device
         started = _now(device)
         tree = self._session.propose(state)
-        self._trace.draft += _now(device) - started
+        self._trace.propose += _now(device) - started
         return tree
 
 

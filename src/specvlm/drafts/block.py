@@ -238,10 +238,11 @@ class BlockSession:
         plan = self._trees.plan(state)
         if plan is None:
             return root_only(state.root)
-        for step, first in self._trees.unread(state):
-            self._read(step.features, first - 1)  # a token's feature stands before it
         plan = replace(plan, depth=min(plan.depth, self._block_size - 1))
-        logits = self._draft.logits(self._outputs(state)[:, 1 : plan.depth + 1])
+        with state.drafting():
+            for step, first in self._trees.unread(state):
+                self._read(step.features, first - 1)  # a token's feature stands before it
+            logits = self._draft.logits(self._outputs(state)[:, 1 : plan.depth + 1])
         above = state.kv_len[:, None] + torch.arange(plan.depth, device=logits.device)  # where a slot's parents stand
         tokens, scores = self._trees.children(logits, above, plan, state)
         growth = Growth(state.root, plan)
