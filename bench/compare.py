@@ -1,7 +1,8 @@
 """Drafts against each other on one model: ``python -m bench.compare``.
 
 One process takes every draft in turn; speeds are medians over repeats with quartiles. Prints a table as it goes, writes
-it with a plot and JSON lines to `--out`, and ends in one line of JSON.
+it with a plot and JSON lines to `--out`, and ends in one line of JSON. The table's shares are of the time after the
+first token: the draft's forwards, the target's, and the host's rest, of which growing trees is a part.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from specvlm.policies import Confidence, Eagle2, FixedShape, OptTree, Sage, Tree
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
 COLUMNS = (
-    "| draft | temperature | tau | decode tokens/s | x AR | end to end tokens/s | draft | verify | host "
-    "| host ms a round | equal |"
+    "| draft | temperature | tau | decode tokens/s | x AR | end to end tokens/s | draft forwards | target forwards "
+    "| host | growing trees, of host | host ms a round | equal |"
 )
 
 
@@ -120,14 +121,15 @@ def against_hf(
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown."""
     plain = {row.temperature: row.decode.median for row in rows if row.draft is None}
-    lines = [COLUMNS, "|---|" + "---:|" * 9 + "---|"]
+    lines = [COLUMNS, "|---|" + "---:|" * 10 + "---|"]
     for row in rows:
         decode, end = row.decode, row.end_to_end
+        growing = row.growth_share / row.host_share
         lines.append(
             f"| {row.draft or 'AR'} | {row.temperature} | {row.tau:.2f} | {decode.median:.0f} "
             f"({decode.low:.0f}-{decode.high:.0f}) | {decode.median / plain[row.temperature]:.2f} | {end.median:.0f} "
             f"({end.low:.0f}-{end.high:.0f}) | {row.draft_share:.0%} | {row.verify_share:.0%} | {row.host_share:.0%} "
-            f"| {row.host_ms:.2f} | {'yes' if row.identical else 'NO'} |"
+            f"| {growing:.0%} | {row.host_ms:.2f} | {'yes' if row.identical else 'NO'} |"
         )
     return "\n".join(lines)
 
@@ -208,6 +210,9 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="where to write (bench/results)")
     args = parser.parse_args()
+    for name in ("repeats", "prompts", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected an integer >= 1, got {getattr(args, name)}")
     shape = {name: value for name in ("nodes", "depth", "width") if (value := getattr(args, name)) is not None}
     if args.policies and shape:
         parser.error(f"--policies: expected no {', '.join(shape)} besides")

@@ -15,7 +15,7 @@ from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft, VLMDr
 from specvlm.policies import Outcome
 from specvlm.targets.hf import HFTarget
 from specvlm.tree import BUCKETS, Plan
-from tests.fakes import prompt_for, tiny_llava
+from tests.fakes import prompt_for, tiny_llava, tiny_lm
 
 
 class Told:
@@ -200,6 +200,15 @@ def test_costs_are_measured_once_by_the_clock(tmp_path, monkeypatch):
         assert costs_of(target, draft, cache=cache, clock=lambda: now[0]) == costs
     with pytest.raises(ValueError, match="draft: expected one that grows its trees by a policy, got NGramDraft"):
         costs_of(target, NGramDraft(), cache=cache)
+
+
+def test_costs_that_cannot_be_kept_are_measured_again(tmp_path):
+    target = SpecVLM(tiny_llava()).target
+    draft = VLMDraft(tiny_lm())
+    (tmp_path / "file").write_text("no folder")
+    for _ in range(2):
+        assert costs_of(target, draft, cache=tmp_path / "file" / "costs.json").level > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specvlm.cost_aware import CostAware, Costs
+from specvlm.drafts import VLMDraft
 from specvlm.policies import Confidence, Eagle2, FixedShape, History, OptTree, Outcome, Sage, TreePolicy
-from specvlm.tree import BUCKETS, Candidates, DraftTree, Plan, bucket, tree_from_lists
+from specvlm.tree import BUCKETS, Candidates, DraftTree, FreePlan, Plan, bucket, tree_from_lists
+from tests.fakes import tiny_lm
 from tests.growth import RandomDraft, grow
 
 CPU = torch.device("cpu")
@@ -24,7 +26,7 @@ policies = st.one_of(
         st.floats(0, 0.9),
         st.builds(Plan, st.integers(2, 40), st.integers(1, 5), st.integers(1, 6)),
     ),
-    st.builds(Sage, st.just((1, 5)), st.just((1, 6)), st.integers(2, 40)),
+    st.builds(Sage, st.just((1, 5)), st.just((2, 6)), st.integers(2, 40)),
     st.builds(OptTree, st.integers(2, 40), st.floats(0, 1), st.integers(1, 5), st.integers(1, 6)),
     st.builds(CostAware, st.just(COSTS), depth=st.integers(1, 5), width=st.integers(1, 6)),
 )
@@ -205,6 +207,7 @@ def test_the_walk_down_a_tree_is_told_by_ranks():
         (lambda: Confidence(1.0), r"threshold: expected a number in \[0, 1\), got 1.0"),
         (lambda: Confidence(float("nan")), r"threshold: expected a number in \[0, 1\), got nan"),
         (lambda: Sage(depths=(5, 3)), "depths: expected an integer >= 5, got 3"),
+        (lambda: Sage(widths=(1, 8)), "widths: expected an integer >= 2, got 1"),
         (lambda: Sage(nodes=129), "nodes: expected an integer from 1 to 128, got 129"),
         (lambda: OptTree(rise=-1.0), "rise: expected a finite number >= 0, got -1.0"),
         (lambda: OptTree(most=40, width=8), r"width: expected \(depth - 1\) \* width of at most 128, got 39 \* 8"),
@@ -212,4 +215,26 @@ def test_the_walk_down_a_tree_is_told_by_ranks():
 )
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedShape(3), "widths: expected one number a level, got 3"),
+        (lambda: Eagle2(16), "shape: expected a Plan or None, got 16"),
+        (lambda: Eagle2(FreePlan(9, 8, 8)), r"shape: expected a Plan or None, got FreePlan\("),
+        (lambda: Confidence(shape=(8, 5, 2)), r"shape: expected a Plan or None, got \(8, 5, 2\)"),
+        (lambda: Sage(depths=5), "depths: expected the least and the most, got 5"),
+        (lambda: Sage(widths=(2, 3, 4)), r"widths: expected the least and the most, got \(2, 3, 4\)"),
+        (lambda: CostAware(None), "costs: expected Costs, as costs_of gives them, got None"),
+        (
+            lambda: VLMDraft(tiny_lm(), Plan(8, 5, 2)),
+            r"policy: expected a TreePolicy, as Eagle2\(\) is one, got Plan\(",
+        ),
+        (lambda: VLMDraft(tiny_lm(), Eagle2), r"policy: expected a TreePolicy, as Eagle2\(\) is one, got <class"),
+    ],
+)
+def test_settings_of_another_kind(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

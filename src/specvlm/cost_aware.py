@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from specvlm.checks import check_int, check_number
+from specvlm.files import whole
 from specvlm.policies import Eagle2, History, Outcome, TreePolicy
 from specvlm.state import Limits, Sampling
 from specvlm.targets.base import Target
@@ -157,9 +158,15 @@ class CostAware(TreePolicy):
         width: nodes expanded a level, and children of each.
         review: rounds between two decisions; the first ones are taken every round.
         looks: the share of the time that looks which bring nothing may take.
+
+    Raises:
+        ValueError: a number out of its range, or levels that together hold more nodes than a slab has room for.
+        TypeError: no costs, or a number that is none.
     """
 
     def __init__(self, costs: Costs, *, depth: int = 8, width: int = 4, review: int = 8, looks: float = 0.01) -> None:
+        if not isinstance(costs, Costs):
+            raise TypeError(f"costs: expected Costs, as costs_of gives them, got {costs!r}")
         for name, value in (("depth", depth), ("review", review)):
             check_int(name, value, low=1)
         check_number("looks", looks)
@@ -226,7 +233,7 @@ def costs_of(
         draft: one that grows its trees by a policy.
         width: of those trees, as `CostAware` is to have it.
         cache: the file that keeps the costs of every pair on this machine, which to delete is to measure anew; by
-            default in the user's cache folder.
+            default in the user's cache folder. Where it cannot be written nothing is kept.
         clock: seconds.
 
     Raises:
@@ -244,10 +251,10 @@ def costs_of(
     if not costs.plausible:  # something else had the machine: such times are not for keeping
         return costs
     known[key] = {"verify": {str(n): t for n, t in costs.verify.items()}, "level": costs.level}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.part")
-    fresh.write_text(json.dumps(known, indent=2) + "\n")
-    os.replace(fresh, path)
+    with contextlib.suppress(OSError):  # what cannot be kept is measured again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            part.write_text(json.dumps(known, indent=2) + "\n")
     return costs
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specvlm.checks import check_int, check_number
 from specvlm.state import DecodeState
-from specvlm.tree import BUCKETS, Candidates, DraftTree, Plan, rerank
+from specvlm.tree import BUCKETS, Candidates, DraftTree, FreePlan, Plan, rerank
 
 #: Trees worth their nodes: where a round's time follows the node count, and where nodes are nearly free.
 CPU_PLAN = Plan(nodes=8, depth=5, width=2)
@@ -158,11 +158,17 @@ class Eagle2(TreePolicy):
 
     Attributes:
         shape: None: 8 nodes of depth 5 on a CPU, 64 of depth 6 on a GPU.
+
+    Raises:
+        TypeError: a shape that is no `Plan`, or one whose levels have no bound.
     """
 
     shape: Plan | None = None
 
     looks_back = False
+
+    def __post_init__(self) -> None:
+        _check_shape(self.shape)
 
     def plan(self, history: History) -> Plan:
         return self.shape or default_plan(history.device)
@@ -180,6 +186,7 @@ class FixedShape(TreePolicy):
 
     Raises:
         ValueError: no level, a level without a node, or a tree of more than 128 nodes.
+        TypeError: widths that are no integers.
     """
 
     widths: tuple[int, ...] = (4, 4, 3, 2, 2)
@@ -187,6 +194,8 @@ class FixedShape(TreePolicy):
     looks_back = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.widths, list | tuple):
+            raise TypeError(f"widths: expected one number a level, got {self.widths!r}")
         if not self.widths:
             raise ValueError("widths: expected one number a level, got none")
         for width in self.widths:
@@ -228,6 +237,10 @@ class Confidence(TreePolicy):
     Attributes:
         threshold: the least probability of a path that goes on, in [0, 1).
         shape: the largest tree; None: the device's default.
+
+    Raises:
+        TypeError: a threshold that is no number, or a shape that `Eagle2` refuses.
+        ValueError: a threshold out of its range.
     """
 
     threshold: float = 0.1
@@ -236,6 +249,7 @@ class Confidence(TreePolicy):
     looks_back = False
 
     def __post_init__(self) -> None:
+        _check_shape(self.shape)
         check_number("threshold", self.threshold)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold: expected a number in [0, 1), got {self.threshold}")
@@ -258,12 +272,18 @@ class Sage(TreePolicy):
     With alpha = 1 - H / log k over the root's k children: depth = least + alpha (most - least), and width the other way
     round. At depth l a node gets width / l (1/2 + P(parent)) children, and has any while its path's probability is
     above 0.1 l / depth. Unlike the paper's, k is the round's width and not 10, and no node has more children than that:
-    proposing ten where two are wanted would cost the draft. Every ten rounds, a mean of less than 2 accepted takes one
-    off the most levels, one above 3 adds one.
+    proposing ten where two are wanted would cost the draft. So the least width is 2 or more: one child says nothing of
+    what else there was, alpha would be 1 from then on, and the width would stay at 1. Every ten rounds, a mean of less
+    than 2 accepted takes one off the most levels, one above 3 adds one.
 
     Attributes:
-        depths, widths: the least and the most.
+        depths, widths: the least and the most; of widths the least is at least 2.
         nodes: the most nodes, root included.
+
+    Raises:
+        ValueError: bounds out of their range or order, or levels that together hold more nodes than a slab has room
+            for.
+        TypeError: bounds that are no two integers, or nodes that are none.
     """
 
     depths: tuple[int, int] = (3, 8)
@@ -271,9 +291,12 @@ class Sage(TreePolicy):
     nodes: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("depths", "widths"):
-            least, most = getattr(self, name)
-            check_int(name, least, low=1)
+        for name, lowest in (("depths", 1), ("widths", 2)):
+            bounds = getattr(self, name)
+            if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+                raise TypeError(f"{name}: expected the least and the most, got {bounds!r}")
+            least, most = bounds
+            check_int(name, least, low=lowest)
             check_int(name, most, low=least)
         Plan(self.nodes, self.depths[1], self.widths[1])
 
@@ -307,7 +330,9 @@ class Sage(TreePolicy):
 class OptTree(TreePolicy):
     """Deepens while the expected length still rises: the sum of the best nodes' path probabilities. Source: OPT-Tree.
 
-    The depth that was worth it in one round, and one more, is grown in the next.
+    The depth that was worth it in one round, and one more, is grown in the next. Unlike the paper's, a level keeps the
+    best `width` nodes for the next one and not the best n of a tree of n: the draft's forwards would be as wide as the
+    tree. So its lengths, and the depth that they decide, are those of the best tree among the nodes that grew.
 
     Attributes:
         nodes: the most nodes, root included.
@@ -354,6 +379,18 @@ class OptTree(TreePolicy):
             for depth in range(1, plan.depth + 1)
         ]
         return torch.stack(found, dim=1)
+
+
+def checked_policy(policy: object) -> TreePolicy:
+    """Itself. Raises a TypeError unless it is an instance of a `TreePolicy`."""
+    if not isinstance(policy, TreePolicy):
+        raise TypeError(f"policy: expected a TreePolicy, as Eagle2() is one, got {policy!r}")
+    return policy
+
+
+def _check_shape(shape: object) -> None:
+    if shape is not None and (not isinstance(shape, Plan) or isinstance(shape, FreePlan)):
+        raise TypeError(f"shape: expected a Plan or None, got {shape!r}")
 
 
 def _certainty(root_scores: Sequence[float] | None) -> float:

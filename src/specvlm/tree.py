@@ -14,6 +14,8 @@ from specvlm_kernels.drafting import MOST_CHILDREN
 
 #: Sizes a tree may have, so that a graph is captured once a size.
 BUCKETS = (1, 8, 16, 32, 64, 128)
+#: Shapes that are remembered: more than a policy has, since making what belongs to a new one waits for the device.
+_SHAPES = 4096
 
 
 def bucket(nodes: int) -> int:
@@ -233,7 +235,7 @@ class Growth:
         return Candidates(self._root, tokens, parents, scores, tuple(level[0].shape[1] for level in self._levels))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SHAPES)
 def _own_bits(first_slot: int, count: int, words: int, device: torch.device) -> Tensor:
     """[count, words] int64: row i has the bit of slot first_slot + i, bit 63 being the sign."""
     bits = torch.zeros(count, words, dtype=torch.int64)
@@ -243,13 +245,13 @@ def _own_bits(first_slot: int, count: int, words: int, device: torch.device) -> 
     return bits.to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SHAPES)
 def _level_depths(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """[sum(sizes)] int32: 1 for the first level's nodes, and so on."""
     return torch.repeat_interleave(torch.arange(1, len(sizes) + 1, dtype=torch.int32), torch.tensor(sizes)).to(device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SHAPES)
 def chain_ancestors(length: int, device: torch.device) -> Tensor:
     """[1, length, W] packed bits of tokens that follow one another."""
     return pack_ancestors(torch.arange(-1, length - 1, dtype=torch.int32, device=device)[None])
@@ -322,7 +324,7 @@ def joined(candidates: Candidates, tokens: Tensor, scores: Tensor) -> Candidates
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SHAPES)
 def _chain_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """How candidates of these sizes and a chain behind them, C + D in all, are put in the order of depth, and where
     each of them then stands."""

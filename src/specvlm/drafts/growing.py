@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specvlm.policies import History, TreePolicy
+from specvlm.policies import History, TreePolicy, checked_policy
 from specvlm.state import DecodeState, Step
 from specvlm.tree import Beam, DraftTree, Growth, Plan, root_only
 from specvlm_kernels import draft_topk
@@ -47,19 +47,27 @@ class TreeGrower:
         self._unread: list[Step] = []
 
     def grow(self, draft: Grower, state: DecodeState) -> DraftTree:
-        """The next round's tree, a forward a level. A round without one costs the draft nothing."""
+        """The next round's tree, a forward a level. A round without one costs the draft nothing.
+
+        Raises:
+            ValueError: the policy wants more nodes expanded than the draft's KV has room for.
+        """
         plan = self.plan(state)
         if plan is None:
             return root_only(state.root)
+        Plan.check_room(plan)  # whatever kind of plan the policy made
         hidden = self._read(draft, state)
         growth = Growth(state.root, plan)
         for depth in range(plan.depth):
-            logits = draft.logits(hidden)
+            with state.drafting():
+                logits = draft.logits(hidden)
             positions = (state.kv_len + depth)[:, None].expand(logits.shape[:2])
             self.extend(growth, *self.children(logits, positions, plan, state), depth, plan)
             if depth + 1 < plan.depth:
                 beam = growth.beam()
-                hidden = draft.expand(beam, rows_of(hidden, beam.parent_rows), depth, plan, state)
+                above = rows_of(hidden, beam.parent_rows)
+                with state.drafting():
+                    hidden = draft.expand(beam, above, depth, plan, state)
         return self.select(growth, plan)
 
     def plan(self, state: DecodeState) -> Plan | None:
@@ -110,7 +118,8 @@ class TreeGrower:
     def _read(self, draft: Grower, state: DecodeState) -> Tensor:
         """Appends what was emitted since the draft last read; the output at the root."""
         for step, first in self.unread(state):
-            hidden = draft.append(step, first)
+            with state.drafting():
+                hidden = draft.append(step, first)
         return hidden
 
 
@@ -138,7 +147,9 @@ def check_policy(
 
     Raises:
         ValueError: it cannot.
+        TypeError: the policy is none.
     """
+    checked_policy(policy)  # it may have been set since the draft was made
     if policy.free and stores_trees:
         raise ValueError(
             f"policy: expected one whose levels a draft's KV has room for, got {type(policy).__name__}, which is for "

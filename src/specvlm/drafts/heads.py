@@ -14,7 +14,7 @@ from specvlm.checks import check_int, check_number
 from specvlm.drafts.base import DraftSession
 from specvlm.drafts.folder import load_strictly, read_folder, write_folder
 from specvlm.drafts.growing import check_policy
-from specvlm.policies import Eagle2, TreePolicy
+from specvlm.policies import Eagle2, TreePolicy, checked_policy
 from specvlm.state import DecodeState
 from specvlm.targets.base import Prompt, Target, TargetSpec
 from specvlm.targets.hf_attention import ATTENTION
@@ -133,6 +133,9 @@ class HeadDraft:
         policy: the trees' shape; None: the usual one of its kind.
         shared_noise: choose candidates under the target's own sampling noise; False is the usual tree, whose
             candidates are the likeliest tokens whatever the target is about to draw.
+
+    Raises:
+        TypeError: the policy is none.
     """
 
     #: Its name on disk and in messages, and what it is read into.
@@ -151,7 +154,7 @@ class HeadDraft:
 
     def __init__(self, head: Head, policy: TreePolicy | None = None, shared_noise: bool = True) -> None:
         self.head = head.eval()
-        self.policy = policy or type(self).usual_policy()
+        self.policy = type(self).usual_policy() if policy is None else checked_policy(policy)
         self.shared_noise = shared_noise
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._fitted: Any = None

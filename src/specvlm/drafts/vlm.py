@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of, spread
-from specvlm.policies import Eagle2, TreePolicy
+from specvlm.policies import Eagle2, TreePolicy, checked_policy
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf import FAMILIES, picture_tensors
@@ -56,6 +56,7 @@ class VLMDraft:
 
     Raises:
         ValueError: the model is of another kind, or needs what our attention lacks, by name.
+        TypeError: the policy is none.
 
     Example:
         >>> draft = VLMDraft.from_pretrained("folder")
@@ -83,7 +84,7 @@ class VLMDraft:
             raise ValueError(f"vlm: expected one of {names}, got {type(model).__name__}")
         self.sees = isinstance(model, FAMILIES)
         self.model = model.eval()
-        self.policy = policy or Eagle2()
+        self.policy = Eagle2() if policy is None else checked_policy(policy)
         self.shared_noise = shared_noise
         self.tokenizer = tokenizer
         self.shares_tower = False
