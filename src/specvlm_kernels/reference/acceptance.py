@@ -86,14 +86,14 @@ def perturbed(
         [B, N, V] in max(logits' dtype, fp32).
     """
     w = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    w = torch.where(w.isnan(), -torch.inf, w)
+    w = w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if seed is None or (not isinstance(temperature, torch.Tensor) and temperature == 0):
         return w
-    t = _per_row(temperature, torch.float32, w)
-    w = w / torch.where(t > 0, t, 1)
-    w = _filtered(w, top_k, top_p)
-    g = race_noise(positions.long() + 1, seed, w.shape[-1])
-    return w + torch.where(t > 0, g, 0)
+    noise = race_noise(positions.long() + 1, seed, w.shape[-1])
+    if not isinstance(temperature, torch.Tensor):
+        return _filtered(w / temperature, top_k, top_p) + noise
+    t = temperature.view(-1, 1, 1)
+    return _filtered(w / torch.where(t > 0, t, 1), top_k, top_p) + torch.where(t > 0, noise, 0)
 
 
 def _filtered(w: torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,11 @@ def draft_topk(
         logits = logits.index_fill(-1, exclude, -torch.inf)
     z = perturbed(logits, positions, temperature, 0, 1.0, seed)
     values, tokens = z.sort(dim=-1, descending=True, stable=True)  # stable: ties to the lowest id
-    best = values[..., :1]
-    sharpness = torch.as_tensor(temperature, dtype=z.dtype, device=z.device).clamp(min=1).view(-1, 1, 1)
-    centred = torch.where(values == best, 0, values - best) * sharpness  # best may be infinite
+    centred = (values - values[..., :1]).nan_to_num(nan=0, neginf=-torch.inf)  # the best may be infinite
+    if isinstance(temperature, torch.Tensor):
+        centred = centred * temperature.clamp(min=1).view(-1, 1, 1)
+    elif temperature > 1:
+        centred = centred * temperature
     values, tokens = values[..., :k], tokens[..., :k]
     scores = centred[..., :k] - centred.exp().sum(dim=-1, keepdim=True).log()
     empty = values == -torch.inf
