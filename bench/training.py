@@ -252,6 +252,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def by_epoch(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Tau after every epoch as Markdown, and by how much the last one still raised it."""
+    lines = [f"| draft head |{''.join(f' {epoch} |' for epoch in range(1, EPOCHS + 1))} last rise |"]
+    lines.append("|---|" + "---:|" * (EPOCHS + 1))
+    for name in dict.fromkeys(run["variant"] for run in runs):
+        curves = [[epoch["tau"] for epoch in run["epochs"]] for run in runs if run["variant"] == name]
+        means = [mean(at) for at in zip(*curves, strict=True)]
+        lines.append(f"| {name} |{''.join(f' {tau:.2f} |' for tau in means)} {means[-1] - means[-2]:+.2f} |")
+    return "\n".join(lines)
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}" + (f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else "")
 
@@ -302,6 +313,7 @@ def main() -> None:
     text = "# Draft heads on the shipped model, by what they read of a picture\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     text += f"\nMeans with least and most over seeds; repeat with `{command}`.\n\n{table(rows)}\n"
+    text += f"\nGreedy tau on other prompts, after every epoch, mean over seeds:\n\n{by_epoch(runs)}\n"
     (args.out / "training.md").write_text(text + "\n![tau by epoch and by class](training.png)\n")
     plots(runs, rows, args.out / "training.png")
     lines = [{"kind": "training", **run} for run in runs] + [{"kind": "row", **row} for row in rows]
