@@ -1,4 +1,5 @@
-"""What training and draft-side vision bring on the demo's model: ``python -m bench.training``.
+"""What training and draft-side vision bring: ``python -m bench.training`` on the demo's model and its scenes;
+``--target DIR --data FILE`` on one of `bench.captions` and its photos.
 
 Every variant of an EAGLE head learns the same examples for the same steps, several epochs of them; tau is measured by
 decoding after each. What a training came to is kept in `--work`, so that a run that was stopped goes on. At the end all
@@ -12,21 +13,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
+from bench.corpora import Captions, Corpus, Scenes
 from bench.machine import machine
-from specvlm import SpecVLM, load
+from specvlm import SpecVLM
 from specvlm.compressors import (
     CompressorConfig,
     ConcatConfig,
@@ -36,14 +38,11 @@ from specvlm.compressors import (
     ViSpecConfig,
     WeightConfig,
 )
-from specvlm.demo.data import Encoder
-from specvlm.demo.evaluate import held_out_questions, show
 from specvlm.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
-from specvlm.demo.train_head import INTERMEDIATE_SIZE, batch_of
+from specvlm.demo.train_head import BATCH, INTERMEDIATE_SIZE
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
 from specvlm.files import whole
 from specvlm.measuring import measure
-from specvlm.targets.base import Prompt
 from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, distill
 
@@ -85,28 +84,6 @@ SEEN = {*COLOURS, *BACKGROUNDS, *SHAPES, *(f"{shape}s" for shape in SHAPES), "cr
 SEEN |= {"huge", "no", "one", "two", "three", "four", "five", "top", "bottom", "left", "right", "middle", "center"}
 
 
-class RememberingTarget(HFTarget):
-    """The target, which looks at every batch once: it is frozen, and the examples are the same in every epoch."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(model, tokenizer)
-        self._seen: dict[int, tuple[Prompt, Tensor]] = {}
-
-    def teach(self, inputs: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> tuple[Prompt, Tensor]:
-        """See `HFTarget.teach`; `inputs` stay the caller's."""
-        if id(inputs) not in self._seen:
-            self._seen[id(inputs)] = super().teach(inputs, taps)
-        return self._seen[id(inputs)]
-
-
-def questions(model: SpecVLM, per_type: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
-    """Questions of every type about held-out scenes: the type, and what the processor makes of them."""
-    asked = held_out_questions(per_type, seed)
-    return [
-        (one.kind, model.prepare(picture, one.text)) for one, picture in zip(asked, show(asked, "true"), strict=True)
-    ]
-
-
 def fresh(target: HFTarget, variant: Variant, seed: int) -> EagleDraft:
     """The variant's head before it learned anything, bound to the target."""
     torch.manual_seed(seed)
@@ -116,18 +93,21 @@ def fresh(target: HFTarget, variant: Variant, seed: int) -> EagleDraft:
     return draft
 
 
-def trained(name: str, seed: int, batches: int, work: Path, threads: int) -> dict[str, Any]:
+def folder_of(corpus: Corpus, name: str, seed: int, batches: int, work: Path) -> Path:
+    """Where a training keeps what it came to."""
+    return work / corpus.name / f"{name.replace(' ', '_').replace(',', '')}-{seed}-{batches}"
+
+
+def trained(corpus: Corpus, name: str, seed: int, batches: int, work: Path, threads: int) -> dict[str, Any]:
     """Trains a variant, or finds it trained: tau and what the training told after every epoch."""
-    folder = work / f"{name.replace(' ', '_').replace(',', '')}-{seed}-{batches}"
+    folder = folder_of(corpus, name, seed, batches, work)
     if (folder / "epochs.json").exists():
         return json.loads((folder / "epochs.json").read_text())
     torch.set_num_threads(threads)
-    model = load("demo")
-    target = RememberingTarget(model.target.model, model.processor.tokenizer)
-    model = SpecVLM.from_target(target, processor=model.processor)
-    encoder, variant = Encoder(model.processor.tokenizer), VARIANTS[name]
-    examples = [batch_of(number, encoder) for number in range(batches)]
-    prompts = [inputs for _, inputs in questions(model, 2, seed=100)]
+    model, variant = corpus.model(), VARIANTS[name]
+    target = cast(HFTarget, model.target)
+    examples = corpus.batches(model, batches)
+    prompts = [inputs for _, inputs in corpus.prompts(model, 2, seed=100)]
     draft = fresh(target, variant, seed)
 
     def shuffled(number: int) -> Batch:
@@ -158,7 +138,7 @@ def trained(name: str, seed: int, batches: int, work: Path, threads: int) -> dic
             with whole(log) as part:
                 part.write_text(json.dumps(epochs))
     draft.save_pretrained(folder)
-    found = {"variant": name, "seed": seed, "folder": str(folder), "epochs": epochs}
+    found = {"variant": name, "seed": seed, "epochs": epochs}
     with whole(folder / "epochs.json") as part:
         part.write_text(json.dumps(found))
     return found
@@ -170,13 +150,15 @@ def tau_of(model: SpecVLM, draft: EagleDraft, prompts: Sequence[Mapping[str, Any
     return sum(one.tau * one.rounds for one in stats) / sum(one.rounds for one in stats)
 
 
-def by_class(model: SpecVLM, draft: EagleDraft, per_type: int) -> dict[str, float]:
-    """Tau of the tokens that name what is seen, and of the rest, in answers that need the picture.
+def by_class(
+    model: SpecVLM, drafts: Sequence[EagleDraft], asked: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, float]:
+    """Tau of the tokens that name what is seen, and of the rest, in answers about scenes that need the picture.
 
     A class's tau is its tokens over those of them that the target had to say itself.
     """
     said = {"seen": [0, 0], "rest": [0, 0]}  # tokens, and such that the draft had not proposed
-    for kind, inputs in questions(model, per_type, seed=101):
+    for draft, (kind, inputs) in product(drafts, asked):
         if kind not in ("colour", "where", "count"):
             continue
         for emitted in list(model.stream(**inputs, max_new_tokens=96, draft=draft))[1:]:
@@ -188,7 +170,7 @@ def by_class(model: SpecVLM, draft: EagleDraft, per_type: int) -> dict[str, floa
     return {name: tokens / max(own, 1) for name, (tokens, own) in said.items()}
 
 
-def all_trained(args: argparse.Namespace) -> list[dict[str, Any]]:
+def all_trained(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every variant with its seeds, `args.workers` at a time."""
     wanted = [
         (name, seed)
@@ -199,7 +181,7 @@ def all_trained(args: argparse.Namespace) -> list[dict[str, Any]]:
     threads = max(1, torch.get_num_threads() // args.workers)
     done: dict[tuple[str, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(trained, *each, args.batches, args.work, threads): each for each in wanted}
+        jobs = {pool.submit(trained, corpus, *each, args.batches, args.work, threads): each for each in wanted}
         for job in as_completed(jobs):
             found = done[jobs[job]] = job.result()
             taus = " ".join(f"{epoch['tau']:.2f}" for epoch in found["epochs"])
@@ -207,18 +189,26 @@ def all_trained(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [done[each] for each in wanted]
 
 
-def rows_of(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(corpus: Corpus, args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row a variant: tau at temperatures 0 and 1 over its seeds, tokens a second of its first, tau by class."""
-    model = load("demo")
-    heads = {(run["variant"], run["seed"]): EagleDraft.from_pretrained(run["folder"]) for run in runs}
-    prompts = [inputs for _, inputs in questions(model, args.per_type, seed=102)]
+    model = corpus.model()
+    heads = {
+        (run["variant"], run["seed"]): EagleDraft.from_pretrained(
+            folder_of(corpus, run["variant"], run["seed"], args.batches, args.work)
+        )
+        for run in runs
+    }
+    prompts = [inputs for _, inputs in corpus.prompts(model, args.per_type, seed=102)]
+    seeing = corpus.prompts(model, args.seeing, seed=101) if isinstance(corpus, Scenes) else []
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(run["variant"] for run in runs):
         mine = [head for (variant, _), head in heads.items() if variant == name]
         taus = {t: [tau_of(model, head, prompts, temperature=t, seed=0) for head in mine] for t in (0.0, 1.0)}
         last = next(run["epochs"][-1] for run in runs if run["variant"] == name)
         chosen = {part: share for part, share in last.items() if part.startswith("chose ") or part == "rows left"}
-        rows.append({"variant": name, "tau": taus, "by class": by_class(model, mine[0], args.per_type)} | chosen)
+        rows.append({"variant": name, "tau": taus} | chosen)
+        if seeing:
+            rows[-1]["by class"] = by_class(model, mine, seeing)
         print(f"{name}: tau {mean(taus[0.0]):.2f} at 0, {mean(taus[1.0]):.2f} at 1", flush=True)
     firsts: dict[str | None, Any] = {None: None} | {name: head for (name, seed), head in heads.items() if seed == 0}
     for latest in measure(  # noqa: B007
@@ -236,20 +226,24 @@ def rows_of(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| draft head | tau, T = 0 | tau, T = 1 | x AR, T = 0 | x AR, T = 1 | tau of what is seen | of the rest "
-        "| picture rows | equal |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    columns = ["draft head", "tau, T = 0", "tau, T = 1", "x AR, T = 0", "x AR, T = 1"]
+    columns += ["tau of what is seen", "of the rest"] if "by class" in rows[0] else []
+    columns += ["picture rows", "equal"]
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 2), "---"])]
     for row in rows:
-        kept = f"{row['rows left']:.0%}" if "rows left" in row else ""
-        classes = row["by class"]
-        lines.append(
-            f"| {row['variant']} | {_spread(row['tau'][0.0])} | {_spread(row['tau'][1.0])} | {row['x AR'][0.0]:.2f} "
-            f"| {row['x AR'][1.0]:.2f} | {classes['seen']:.2f} | {classes['rest']:.2f} | {kept} "
-            f"| {'yes' if row['identical'] else 'NO'} |"
-        )
+        cells = [
+            row["variant"],
+            *(_spread(row["tau"][t]) for t in (0.0, 1.0)),
+            *(f"{x:.2f}" for x in row["x AR"].values()),
+        ]
+        cells += [f"{tau:.2f}" for tau in row.get("by class", {}).values()]
+        cells += [f"{row['rows left']:.0%}" if "rows left" in row else "", "yes" if row["identical"] else "NO"]
+        lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def by_epoch(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -268,8 +262,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def plots(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Tau by epoch, and tau of what is seen against the rest."""
-    figure, (epochs, classes) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    """Tau by epoch, and tau at the end: of what is seen against the rest, or by temperature."""
+    figure, (epochs, bars) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     names = list(dict.fromkeys(run["variant"] for run in runs))
     for name in names:
         curves = [[epoch["tau"] for epoch in run["epochs"]] for run in runs if run["variant"] == name]
@@ -281,12 +275,14 @@ def plots(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], 
     epochs.set(xlabel="epoch", ylabel="tokens a round (tau), greedy")
     epochs.legend(fontsize=8)
     for place, row in enumerate(rows):
-        for number, (what, value) in enumerate(row["by class"].items()):
-            classes.barh(place + 0.4 * number, value, 0.4, color=f"C{number}", label=None if place else what)
-    classes.set_yticks([place + 0.2 for place in range(len(rows))], [row["variant"] for row in rows])
-    classes.invert_yaxis()
-    classes.set(xlabel="tau by class: words that name what is seen, and the rest")
-    classes.legend()
+        told = row.get("by class") or {f"temperature {t:g}": mean(taus) for t, taus in row["tau"].items()}
+        for number, (what, value) in enumerate(told.items()):
+            bars.barh(place + 0.4 * number, value, 0.4, color=f"C{number}", label=None if place else what)
+    bars.set_yticks([place + 0.2 for place in range(len(rows))], [row["variant"] for row in rows])
+    bars.invert_yaxis()
+    of = "by class: words that name what is seen, and the rest" if "by class" in rows[0] else "at the end"
+    bars.set(xlabel=f"tau {of}")
+    bars.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -294,30 +290,43 @@ def plots(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, help="a model that bench.captions trained (the demo's)")
+    parser.add_argument("--data", type=Path, help="the photos that it knows")
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="for trainings (build/training)")
     parser.add_argument("--batches", type=int, default=100, help="batches of 12 examples an epoch (100)")
     parser.add_argument("--seeds", type=int, default=3, help="of the variants that are compared most (3)")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time (2)")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of the timing (5)")
     parser.add_argument("--per-type", type=int, default=4, help="questions of each type to decode (4)")
+    parser.add_argument("--seeing", type=int, default=16, help="of each type for tau by class (16)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="these alone")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="where to write (bench/results)")
     args = parser.parse_args()
-    runs = all_trained(args)
-    rows = rows_of(args, runs)
+    if (args.target is None) != (args.data is None):
+        parser.error("--target, --data: expected both or none")
+    corpus: Corpus = Scenes() if args.target is None else Captions(args.target, args.data)
+    runs = all_trained(corpus, args)
+    rows = rows_of(corpus, args, runs)
     if different := [row["variant"] for row in rows if not row["identical"]]:
         sys.exit(f"answers that are not AR's: {', '.join(different)}")
-    about = machine() | {"examples an epoch": 12 * args.batches, "epochs": EPOCHS, "workers": args.workers}
+    about = machine() | {
+        "corpus": corpus.name,
+        "examples an epoch": BATCH * args.batches,
+        "epochs": EPOCHS,
+        "workers": args.workers,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
+    name = "training" if args.target is None else f"training-{corpus.name}"
     command = shlex.join(["python", "-m", "bench.training", *sys.argv[1:]])
-    text = "# Draft heads on the shipped model, by what they read of a picture\n\n"
+    told = "the shipped model" if args.target is None else "a small model of photos and human captions"
+    text = f"# Draft heads on {told}, by what they read of a picture\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
     text += f"\nMeans with least and most over seeds; repeat with `{command}`.\n\n{table(rows)}\n"
     text += f"\nGreedy tau on other prompts, after every epoch, mean over seeds:\n\n{by_epoch(runs)}\n"
-    (args.out / "training.md").write_text(text + "\n![tau by epoch and by class](training.png)\n")
-    plots(runs, rows, args.out / "training.png")
+    (args.out / f"{name}.md").write_text(text + f"\n![tau by epoch and at the end]({name}.png)\n")
+    plots(runs, rows, args.out / f"{name}.png")
     lines = [{"kind": "training", **run} for run in runs] + [{"kind": "row", **row} for row in rows]
-    (args.out / "training.jsonl").write_text("".join(json.dumps(about | line) + "\n" for line in lines))
+    (args.out / f"{name}.jsonl").write_text("".join(json.dumps(about | line) + "\n" for line in lines))
     print(json.dumps(about | {"rows": rows}))
 
 

@@ -40,15 +40,15 @@ _CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has seen `texts`; it puts `<s>` before everything it encodes."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that has seen `texts`, of `vocabulary` tokens; it puts `<s>` before everything it encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=_VOCABULARY,
+            vocab_size=vocabulary,
             special_tokens=list(_SPECIAL),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -70,10 +70,10 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast, picture_size: int = PICTURE_SIZE) -> LlavaProcessor:
     """A processor that resizes any picture to the vision tower's size, without torchvision."""
     image_processor = CLIPImageProcessorPil(
-        size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
+        size={"height": picture_size, "width": picture_size},
         do_center_crop=False,
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
@@ -88,24 +88,30 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A LLaVA of about 7.6M parameters with random weights."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, picture_size: int = PICTURE_SIZE, width: int = 256, layers: int = 8
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights, of about 7.6M parameters by default.
+
+    Args:
+        width: of the language model, a multiple of its heads' 128.
+    """
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=3,
-        image_size=PICTURE_SIZE,
+        image_size=picture_size,
         patch_size=PATCH_SIZE,
     )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 128,
         head_dim=128,
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
@@ -116,7 +122,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(picture_size // PATCH_SIZE) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,

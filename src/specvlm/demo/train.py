@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,18 +138,8 @@ class Trainer:
         return [torch.optim.AdamW(parameters, lr=self.recipe.vision_lr, betas=(0.9, 0.98), weight_decay=0.01)]
 
     def _language_optimizers(self) -> list[torch.optim.Optimizer]:
-        hidden: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if "vision_tower" in name:
-                continue
-            inner = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
-            (hidden if inner else others).append(parameter)
-        lr = self.recipe.lr
-        return [
-            torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=3),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        named = [(name, p) for name, p in self.model.named_parameters() if "vision_tower" not in name]
+        return muon_and_adamw(named, self.recipe.lr)
 
     def _features(self, batch: Pictures) -> Tensor:
         return self.vision_tower(batch.pixels).last_hidden_state[:, 1:]
@@ -191,6 +182,19 @@ class Trainer:
         done = self.step - recipe.vision_steps
         left = (recipe.steps - done) / ((1 - recipe.flat_share) * recipe.steps)
         return min(1.0, (done + 1) / recipe.warm_up, left)
+
+
+def muon_and_adamw(named: Iterable[tuple[str, nn.Parameter]], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between a model's ends, AdamW for all else."""
+    hidden: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (hidden if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=3),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def train(out: Path, recipe: Recipe, *, checkpoint_seconds: float = 120.0) -> None:
