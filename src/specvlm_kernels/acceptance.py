@@ -4,23 +4,16 @@ A draw is greedy decoding of noise-perturbed logits (`noise`):
 
     y = argmax(w + g),   w = logits / temperature, after top-k, after top-p
 
-Both filters are thresholds of w. A token stays if what lies strictly above it, counted in tokens or in probability, is
-less than k, or than p; so all of a row that the filters come to is one number, the lowest w that stays, its *border*.
-Ties at a border stay, the token that crosses p stays, and the largest always stays.
-
-No softmax is written and nothing is sorted. Floats are mapped to integers of the same order, and one program a row
-bisects between the least and the largest of them: each pass counts what lies above the middle and moves the end that
-gives way to a key that occurs, so it ends at the border exactly, after a dozen passes or so and never more than 32.
-Probabilities are summed as integers, in units of 2^-40 of the most likely token's: integer sums do not depend on the
-order, so neither does the nucleus.
-
-Then a program for each `TILE` tokens of a row packs value and token into one int64 that orders as (value, lowest token
-first) and keeps the largest, 8 bytes a tile; the maximum over a row's tiles is its draw. A maximum does not depend on
-how it is taken: a row draws the same token alone and among 128. Noise is computed only in tiles where a token stays.
+The filters are a threshold of w, found beforehand (`filters`); no softmax is written and nothing is sorted. A program for
+each `TILE` tokens of a row packs value and token into one int64 that orders as (value, lowest token first) and keeps the
+largest, 8 bytes a tile; the maximum over a row's tiles is its draw. A maximum does not depend on how it is taken: a row
+draws the same token alone and among 128. Noise is computed only in tiles where a token stays, four tokens a Philox call.
 
 The walk takes a child if and only if it is its parent's draw: the answer is the draws, whatever was proposed. A draft
 that proposes under the same noise (`drafting`) is taken more often, and that is all it can change.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +21,19 @@ import triton.language as tl
 
 from ._checks import FLOATS, INTEGERS, KERNEL_FLOATS, check_parents, check_range, check_sampling, check_tensor
 from ._dispatch import on_device, takes_kernel
+from .filters import (
+    LARGEST_32,
+    LARGEST_64,
+    LEAST_64,
+    argument,
+    float_key,
+    is_zero,
+    key_token,
+    launch_border,
+    pack_key,
+    scaled_tile,
+    setting,
+)
 from .noise import race_tile
 from .reference import acceptance as reference
 from .reference.acceptance import Accepted
@@ -35,126 +41,8 @@ from .reference.acceptance import Accepted
 #: Tokens a program of a draw.
 TILE = 4096
 
-#: Tokens that the search for a border holds at a time.
-SEARCH_TILE = 8192
-
 #: Rows whose draws one program merges.
 MERGE_ROWS = 16
-
-LEAST_32 = tl.constexpr(-(2**31))
-LARGEST_32 = tl.constexpr(2**31 - 1)
-LEAST_64 = tl.constexpr(-(2**63))
-MASS_UNITS = tl.constexpr(2.0**40)
-
-
-@triton.jit
-def setting(x, i_b, PER_ROW: tl.constexpr, DTYPE: tl.constexpr):
-    """A sampling setting of batch row i_b, from a [B] tensor or a number."""
-    return tl.cast(tl.load(x + i_b) if PER_ROW else x, DTYPE)
-
-
-@triton.jit
-def float_key(b_x):
-    """int32 keys in the order of the floats; -0 and 0 share one."""
-    b_bits = tl.where(b_x == 0.0, 0.0, b_x).to(tl.int32, bitcast=True)
-    return b_bits ^ ((b_bits >> 31) & LARGEST_32)
-
-
-@triton.jit
-def pack_key(b_z, o_token):
-    """int64 keys in the order of (value, lowest token first)."""
-    return (float_key(b_z).to(tl.int64) << 32) | (o_token ^ LARGEST_32).to(tl.int64)
-
-
-@triton.jit
-def key_token(b_key):
-    """The token in a packed key."""
-    return (b_key & LARGEST_32) ^ LARGEST_32
-
-
-@triton.jit
-def scaled_tile(p_row, o_token, vocabulary, stride_v, temperature):
-    """Logits after temperature, fp32; -inf where NaN and past the vocabulary."""
-    p_logits = p_row + o_token.to(tl.int64) * stride_v
-    b_w = tl.load(p_logits, mask=o_token < vocabulary, other=-float("inf")).to(tl.float32)
-    # Rounded as torch rounds, so that both backends filter the same numbers.
-    b_w = tl.div_rn(b_w, tl.where(temperature > 0, temperature, 1.0))
-    return tl.where(b_w == b_w, b_w, -float("inf"))
-
-
-@triton.jit
-def _mass(b_w, largest):
-    """Probability in units of 2^-40 of the most likely token's."""
-    b_e = tl.where(b_w == largest, 1.0, tl.exp(b_w - largest))  # largest may be infinite
-    return (b_e * MASS_UNITS).to(tl.int64)
-
-
-@triton.jit
-def _key_tile(p_row, i_first, vocabulary, stride_v, temperature, TILE: tl.constexpr):
-    o_token = i_first + tl.arange(0, TILE)
-    b_w = scaled_tile(p_row, o_token, vocabulary, stride_v, temperature)
-    return b_w, tl.where(o_token < vocabulary, float_key(b_w), LEAST_32)
-
-
-@triton.jit
-def _search(
-    p_row, low, high, limit, largest, vocabulary, stride_v, temperature, MASS: tl.constexpr, TILE: tl.constexpr
-):
-    """The least key that occurs in [low, high] and has less than `limit` above it; low and high occur."""
-    while low < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        b_sum = tl.full([TILE], 0, tl.int64 if MASS else tl.int32)
-        b_next = tl.full([TILE], LARGEST_32, tl.int32)
-        b_last = tl.full([TILE], LEAST_32, tl.int32)
-        for i_first in range(0, vocabulary, TILE):
-            b_w, b_key = _key_tile(p_row, i_first, vocabulary, stride_v, temperature, TILE)
-            m_above = b_key > middle
-            b_sum += tl.where(m_above, _mass(b_w, largest), 0) if MASS else m_above.to(tl.int32)
-            b_next = tl.minimum(b_next, tl.where(m_above, b_key, LARGEST_32))
-            b_last = tl.maximum(b_last, tl.where(m_above, LEAST_32, b_key))
-        above = tl.sum(b_sum, 0)
-        if (above.to(tl.float64) if MASS else above) < limit:
-            high = tl.max(b_last, 0)
-        else:
-            low = tl.min(b_next, 0)
-    return high
-
-
-@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "nodes"])
-def _border_kernel(
-    logits, temperature, top_k, top_p, border, nodes, vocabulary, stride_b, stride_n, stride_v,
-    PER_ROW_T: tl.constexpr, PER_ROW_K: tl.constexpr, PER_ROW_P: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    i_row = tl.program_id(0)
-    i_b, i_n = i_row // nodes, i_row % nodes
-    t = setting(temperature, i_b, PER_ROW_T, tl.float32)
-    k = setting(top_k, i_b, PER_ROW_K, tl.int64)
-    p = setting(top_p, i_b, PER_ROW_P, tl.float32)
-    if not (t > 0):
-        tl.store(border + i_row, LEAST_32)
-        return
-    p_row = logits + i_b.to(tl.int64) * stride_b + i_n.to(tl.int64) * stride_n
-
-    b_least = tl.full([TILE], LARGEST_32, tl.int32)
-    b_largest = tl.full([TILE], -float("inf"), tl.float32)
-    for i_first in range(0, vocabulary, TILE):
-        b_w, b_key = _key_tile(p_row, i_first, vocabulary, stride_v, t, TILE)
-        b_least = tl.minimum(b_least, tl.where(b_key == LEAST_32, LARGEST_32, b_key))
-        b_largest = tl.maximum(b_largest, b_w)
-    largest = tl.max(b_largest, 0)
-    low, high = tl.min(b_least, 0), float_key(largest)
-
-    if TOP_K and (k > 0) & (k < vocabulary):
-        low = _search(p_row, low, high, k, largest, vocabulary, stride_v, t, False, TILE)
-    if TOP_P and p < 1:
-        b_total = tl.full([TILE], 0, tl.int64)
-        for i_first in range(0, vocabulary, TILE):
-            b_w, b_key = _key_tile(p_row, i_first, vocabulary, stride_v, t, TILE)
-            b_total += tl.where(b_key >= low, _mass(b_w, largest), 0)
-        limit = p.to(tl.float64) * tl.sum(b_total, 0).to(tl.float64)
-        low = _search(p_row, low, high, limit, largest, vocabulary, stride_v, t, True, TILE)
-    tl.store(border + i_row, low)
 
 
 @triton.jit(do_not_specialize=["temperature", "nodes", "tiles"])
@@ -197,18 +85,22 @@ def _merge_kernel(keys, out, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexp
 
 
 @triton.jit
-def _step(b_drawn, b_token, b_parent, o_node, node, NODES: tl.constexpr):
-    """The draw at `node`, and its lowest child that is that draw (NODES: none)."""
+def _step(b_drawn, b_token, b_parent, o_node, node, radius, first, end, NODES: tl.constexpr):
+    """The draw at `node`, and its child nearest to that draw, the lowest of equals (NODES: none is near enough)."""
     drawn = tl.sum(tl.where(o_node == node, b_drawn, 0), 0)
+    m_ordinal = (b_token >= first) & (b_token < end) & (drawn >= first) & (drawn < end)
+    b_far = tl.where(m_ordinal, tl.abs(b_token - drawn), tl.where(b_token == drawn, 0, LARGEST_32))
     # Children come after their parents: whatever `parents` holds, the walk ends.
-    m_child = (b_parent == node) & (b_token == drawn) & (o_node > node)
-    return drawn, tl.min(tl.where(m_child, o_node, NODES), 0)
+    m_child = (b_parent == node) & (b_far <= radius) & (o_node > node)
+    nearest = tl.min(tl.where(m_child, b_far * NODES + o_node, LARGEST_64), 0)
+    return drawn, tl.where(nearest == LARGEST_64, NODES, nearest % NODES).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["nodes", "tiles"])
+@triton.jit(do_not_specialize=["nodes", "tiles", "radius", "first", "end"])
 def _walk_kernel(
-    keys, tokens, parents, path, length, next_token, nodes, tiles, NODES: tl.constexpr, TILES: tl.constexpr
-):
+    keys, tokens, parents, path, length, next_token, nodes, tiles, radius, first, end,
+    NODES: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(0)
     o_node = tl.arange(0, NODES)
     m_node = o_node < nodes
@@ -219,45 +111,14 @@ def _walk_kernel(
 
     count = 0
     b_path = tl.full([NODES], -1, tl.int32)
-    drawn, child = _step(b_drawn, b_token, b_parent, o_node, 0, NODES)
+    drawn, child = _step(b_drawn, b_token, b_parent, o_node, 0, radius, first, end, NODES)
     while child < NODES:
         b_path = tl.where(o_node == count, child, b_path)
         count += 1
-        drawn, child = _step(b_drawn, b_token, b_parent, o_node, child, NODES)
+        drawn, child = _step(b_drawn, b_token, b_parent, o_node, child, radius, first, end, NODES)
     tl.store(path + o_row, b_path, mask=m_node)
     tl.store(length + i_b, count)
     tl.store(next_token + i_b, drawn)
-
-
-def argument(x: float | torch.Tensor, number: type) -> float | torch.Tensor:
-    """A sampling setting as a kernel takes it: a number of one type, or a dense tensor."""
-    return x.contiguous() if isinstance(x, torch.Tensor) else number(x)
-
-
-def is_zero(x: float | torch.Tensor) -> bool:
-    """Whether the host knows that a setting is 0 on every row."""
-    return not isinstance(x, torch.Tensor) and x == 0
-
-
-def launch_border(
-    logits: torch.Tensor,
-    temperature: float | torch.Tensor,
-    top_k: int | torch.Tensor,
-    top_p: float | torch.Tensor,
-) -> torch.Tensor:
-    """The lowest w of each row that both filters leave, as an order-preserving int32: [B, N]."""
-    batch, nodes, vocabulary = logits.shape
-    border = torch.empty((batch, nodes), dtype=torch.int32, device=logits.device)
-    tile = min(SEARCH_TILE, max(16, triton.next_power_of_2(vocabulary)))
-    per_row = [isinstance(x, torch.Tensor) for x in (temperature, top_k, top_p)]
-    _border_kernel[(batch * nodes,)](
-        logits, argument(temperature, float), argument(top_k, int), argument(top_p, float), border,
-        nodes, vocabulary, *logits.stride(),
-        PER_ROW_T=per_row[0], PER_ROW_K=per_row[1], PER_ROW_P=per_row[2],
-        TOP_K=per_row[1] or top_k > 0, TOP_P=per_row[2] or top_p < 1,
-        TILE=tile, num_warps=max(1, min(16, tile // 512)),
-    )  # fmt: skip
-    return border
 
 
 def launch_draw(
@@ -307,17 +168,30 @@ def launch_merge(keys: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def launch_walk(keys: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor) -> Accepted:
-    """The walk down the tree along the draws in packed keys [B, N, tiles]."""
+def launch_walk(
+    keys: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    radius: int = 0,
+    ordinal: tuple[int, int] = (0, 0),
+) -> Accepted:
+    """The walk down the tree along the draws in packed keys [B, N, tiles]; see `accept_within` for a radius above 0."""
     batch, nodes, tiles = keys.shape
-    path = torch.empty((batch, nodes), dtype=torch.int32, device=keys.device)
-    length = torch.empty(batch, dtype=torch.int32, device=keys.device)
-    next_token = torch.empty(batch, dtype=torch.int64, device=keys.device)
+    path, length, next_token = empty_walk(batch, nodes, keys.device)
     _walk_kernel[(batch,)](
-        keys, tokens.contiguous(), parents.contiguous(), path, length, next_token, nodes, tiles,
+        keys, tokens.contiguous(), parents.contiguous(), path, length, next_token, nodes, tiles, radius, *ordinal,
         NODES=triton.next_power_of_2(nodes), TILES=triton.next_power_of_2(tiles), num_warps=4,
     )  # fmt: skip
     return Accepted(path, length, next_token)
+
+
+def empty_walk(batch: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for a walk: path [B, N], length [B], next_token [B]."""
+    return (
+        torch.empty((batch, nodes), dtype=torch.int32, device=device),
+        torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(batch, dtype=torch.int64, device=device),
+    )
 
 
 def check_draw(
@@ -340,6 +214,94 @@ def check_draw(
     check_range("positions", positions, 0, 2**62)
     check_sampling(temperature, top_k, top_p, seed, batch, logits.device)
     return kernel
+
+
+def check_walk(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float | torch.Tensor,
+    top_k: int | torch.Tensor,
+    top_p: float | torch.Tensor,
+    seed: torch.Tensor | None,
+) -> bool:
+    """Checks what `accept` and its kin share; True where a kernel serves."""
+    kernel = check_draw(logits, positions, temperature, top_k, top_p, seed)
+    batch, nodes, _ = logits.shape
+    if nodes == 0:
+        raise ValueError(f"logits: expected at least one node, got shape {list(logits.shape)}")
+    check_tensor("tokens", tokens, (batch, nodes), torch.int64, logits.device)
+    check_tensor("parents", parents, (batch, nodes), torch.int32, logits.device)
+    check_parents(parents)
+    return kernel
+
+
+def as_rows(
+    logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    top_k: int | torch.Tensor,
+    top_p: float | torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """The settings as an operator takes them: [B] tensors, None where the host knows that one is off."""
+    of_types = ((temperature, 0, torch.float32), (top_k, 0, torch.int64), (top_p, 1, torch.float32))
+    return [
+        x
+        if isinstance(x, torch.Tensor)
+        else None
+        if x == off
+        else torch.full((logits.shape[0],), x, dtype=dtype, device=logits.device)
+        for x, off, dtype in of_types
+    ]
+
+
+def as_settings(
+    temperature: torch.Tensor | None, top_k: torch.Tensor | None, top_p: torch.Tensor | None, seed: torch.Tensor | None
+) -> dict[str, Any]:
+    """Keyword arguments from what `as_rows` made."""
+    return {
+        "temperature": 0.0 if temperature is None else temperature,
+        "top_k": 0 if top_k is None else top_k,
+        "top_p": 1.0 if top_p is None else top_p,
+        "seed": seed,
+    }
+
+
+@torch.library.custom_op("specvlm_kernels::draw", mutates_args=())
+def _draw(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor | None,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    seed: torch.Tensor | None,
+) -> torch.Tensor:
+    return draw(logits, positions, **as_settings(temperature, top_k, top_p, seed))
+
+
+@_draw.register_fake
+def _(logits: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+    return logits.new_empty(logits.shape[:2], dtype=torch.int64)
+
+
+@torch.library.custom_op("specvlm_kernels::accept", mutates_args=())
+def _accept(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    parents: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor | None,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    walk = accept(logits, tokens, parents, positions, **as_settings(temperature, top_k, top_p, seed))
+    return walk.path, walk.length, walk.next_token
+
+
+@_accept.register_fake
+def _(logits: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return empty_walk(*logits.shape[:2], logits.device)
 
 
 def draw(
@@ -376,6 +338,8 @@ def draw(
         [[1]]
     """
     kernel = check_draw(logits, positions, temperature, top_k, top_p, seed)
+    if torch.compiler.is_compiling():
+        return _draw(logits, positions, *as_rows(logits, temperature, top_k, top_p), seed)
     if not kernel:
         return reference.draw(logits, positions, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with on_device(logits):
@@ -408,13 +372,10 @@ def accept(
     Raises:
         ValueError: as in `draw`; on CPU also a parent outside [-1, i).
     """
-    kernel = check_draw(logits, positions, temperature, top_k, top_p, seed)
-    batch, nodes, _ = logits.shape
-    if nodes == 0:
-        raise ValueError(f"logits: expected at least one node, got shape {list(logits.shape)}")
-    check_tensor("tokens", tokens, (batch, nodes), torch.int64, logits.device)
-    check_tensor("parents", parents, (batch, nodes), torch.int32, logits.device)
-    check_parents(parents)
+    kernel = check_walk(logits, tokens, parents, positions, temperature, top_k, top_p, seed)
+    if torch.compiler.is_compiling():
+        settings = as_rows(logits, temperature, top_k, top_p)
+        return Accepted(*_accept(logits, tokens, parents, positions, *settings, seed))
     if not kernel:
         return reference.accept(
             logits, tokens, parents, positions, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed

@@ -21,17 +21,8 @@ import triton.language as tl
 
 from ._checks import check_range, check_tensor, check_whole
 from ._dispatch import on_device
-from .acceptance import (
-    LARGEST_32,
-    LEAST_64,
-    argument,
-    check_draw,
-    is_zero,
-    key_token,
-    pack_key,
-    scaled_tile,
-    setting,
-)
+from .acceptance import check_draw
+from .filters import LEAST_64, argument, is_zero, key_token, key_value, pack_key, scaled_tile, setting
 from .noise import race_tile
 from .reference import drafting as reference
 
@@ -40,13 +31,6 @@ TILE = 4096
 
 #: The most children of one node.
 MOST_CHILDREN = 64
-
-
-@triton.jit
-def key_value(b_key):
-    """The fp32 value in a packed key."""
-    b_bits = (b_key >> 32).to(tl.int32)
-    return (b_bits ^ ((b_bits >> 31) & LARGEST_32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

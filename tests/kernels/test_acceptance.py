@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specvlm_kernels import acceptance, noise, reference
+from specvlm_kernels import acceptance, filters, noise, reference
 from specvlm_kernels.acceptance import accept, draw
 from specvlm_kernels.reference.acceptance import _filtered, perturbed
 from tests.kernels.trees import parents_of, trees
@@ -79,7 +79,7 @@ def test_kernel_draws_as_the_reference(device, vocabulary, nodes, dtype, tempera
 
 @settings(max_examples=15, deadline=None)
 @given(
-    vocabulary=st.sampled_from([2, 17, 100, acceptance.SEARCH_TILE + 3]),
+    vocabulary=st.sampled_from([2, 17, 100, filters.SEARCH_TILE + 3]),
     dtype=DTYPES,
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 2, 16, 50, 10**6]),
@@ -91,7 +91,7 @@ def test_kernel_filters_as_the_reference(device, vocabulary, dtype, temperature,
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seeds(seed)}
     assume(clear_cut(logits, positions, **options).all())
     args, moved = to(device, logits, positions, **options)
-    kernels = [acceptance._draw_kernel] + [acceptance._border_kernel] * (top_k > 0 or top_p < 1)
+    kernels = [acceptance._draw_kernel] + [filters._border_kernel] * (top_k > 0 or top_p < 1)
     with launched(*kernels):
         drawn = draw(*args, **moved)
     assert torch.equal(drawn.cpu(), reference.acceptance.draw(logits, positions, **options))
@@ -99,8 +99,8 @@ def test_kernel_filters_as_the_reference(device, vocabulary, dtype, temperature,
 
 def kept_by_kernel(device: str, logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """[B, N, V]: what the kernel's border leaves."""
-    with launched(acceptance._border_kernel):
-        border = acceptance.launch_border(logits.to(device), temperature, top_k, top_p).cpu()
+    with launched(filters._border_kernel):
+        border = filters.launch_border(logits.to(device), temperature, top_k, top_p).cpu()
     w = logits.float() / temperature
     w = torch.where(w.isnan(), -INF, w)
     bits = torch.where(w == 0, 0, w).view(torch.int32)
@@ -125,7 +125,7 @@ def test_kernel_keeps_exactly_the_top_k_with_ties(device, values, top_k):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(60, 1.0), (0, 0.9), (300, 0.8)])
 def test_kernel_filters_over_all_tiles_of_a_row(device, top_k, top_p):
-    logits = random_logits(1, 1, 2 * acceptance.SEARCH_TILE + 77, seed=11)
+    logits = random_logits(1, 1, 2 * filters.SEARCH_TILE + 77, seed=11)
     logits[..., -50:] += 6
     kept = kept_by_kernel(device, logits, 1.0, top_k, top_p)
     for factor in (1 - EDGE, 1 + EDGE):
@@ -162,7 +162,7 @@ def test_settings_of_a_row_are_its_own(device):
         "seed": seeds(1, 2, 3, -4),
     }
     args, moved = to(device, logits, positions, **options)
-    with launched(acceptance._border_kernel, acceptance._draw_kernel):
+    with launched(filters._border_kernel, acceptance._draw_kernel):
         together = draw(*args, **moved).cpu()
     assert torch.equal(together[0], logits[0].argmax(-1))
     for i in range(4):
@@ -330,7 +330,7 @@ def test_kernel_accepts_the_nodes_that_were_drawn(device):
     tokens[1, 5] = 61  # no token of the vocabulary
     parents = torch.tensor([parents_of("chain", 8, 0)] * 2, dtype=torch.int32)
     args, moved = to(device, logits, tokens, parents, positions, **options)
-    with launched(acceptance._border_kernel, acceptance._draw_kernel, acceptance._walk_kernel):
+    with launched(filters._border_kernel, acceptance._draw_kernel, acceptance._walk_kernel):
         accepted = accept(*args, **moved)
     assert accepted.path.tolist() == [[1, 2, 3, 4, 5, 6, 7, -1], [1, 2, 3, 4, -1, -1, -1, -1]]
     assert accepted.length.tolist() == [7, 4]
@@ -393,7 +393,7 @@ def test_kernels_stay_inside_whatever_the_settings(device, bad):
         top_k=torch.tensor([bad["top_k"]]),
         top_p=torch.tensor([bad["top_p"]]),
     )
-    with launched(acceptance._border_kernel, acceptance._draw_kernel, acceptance._merge_kernel):
+    with launched(filters._border_kernel, acceptance._draw_kernel, acceptance._merge_kernel):
         drawn = acceptance.launch_merge(acceptance.launch_keys(logits, positions, **bad, seed=seed))
     assert ((drawn >= 0) & (drawn < 9)).all()
 
