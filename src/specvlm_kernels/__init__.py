@@ -8,6 +8,8 @@ from .acceptance import Accepted, accept, draw
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
+from .ratio_acceptance import accept_ratio
+from .relaxed_acceptance import accept_typical, accept_within
 from .token_pooling import conv_tokens, pool_tokens
 from .token_pruning import prune_tokens
 from .token_resampling import resample_tokens
@@ -16,6 +18,9 @@ from .tree_attention import pack_ancestors, tree_attention
 __all__ = [
     "Accepted",
     "accept",
+    "accept_ratio",
+    "accept_typical",
+    "accept_within",
     "compact_kv",
     "conv_tokens",
     "draft_topk",

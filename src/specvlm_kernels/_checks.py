@@ -78,6 +78,20 @@ def check_whole(name: str, x: object, low: int, high: int, step: int = 1) -> Non
         raise ValueError(f"{name}: expected a {kind} from {low} to {high}, got {x!r}")
 
 
+def check_between(name: str, x: object, low: float, high: float) -> None:
+    """Checks that `x` is a number from `low` to `high`."""
+    if not isinstance(x, (int, float)) or not low <= x <= high:
+        raise ValueError(f"{name}: expected a number from {low} to {high}, got {x!r}")
+
+
+def check_span(name: str, x: object, most: int) -> None:
+    """Checks that `x` is a first id and the first behind the last, 0 <= first < end <= most."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2 or not all(isinstance(n, int) for n in x):
+        raise ValueError(f"{name}: expected two whole numbers, got {x!r}")
+    if not 0 <= x[0] < x[1] <= most:
+        raise ValueError(f"{name}: expected 0 <= first < end <= {most}, got {x[0]}, {x[1]}")
+
+
 def check_grid(name: str, grid: object, tokens: int) -> None:
     """Checks that `grid` is a height and a width of at least 1 that hold `tokens` tokens."""
     if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):

@@ -4,10 +4,11 @@ A draw is greedy decoding of noise-perturbed logits (`noise`):
 
     y = argmax(w + g),   w = logits / temperature, after top-k, after top-p
 
-The filters are a threshold of w, found beforehand (`filters`); no softmax is written and nothing is sorted. A program for
-each `TILE` tokens of a row packs value and token into one int64 that orders as (value, lowest token first) and keeps the
-largest, 8 bytes a tile; the maximum over a row's tiles is its draw. A maximum does not depend on how it is taken: a row
-draws the same token alone and among 128. Noise is computed only in tiles where a token stays, four tokens a Philox call.
+The filters are a threshold of w, found beforehand (`filters`); no softmax is written and nothing is sorted. A program
+for each `TILE` tokens of a row packs value and token into one int64 that orders as (value, lowest token first) and
+keeps the largest, 8 bytes a tile; the maximum over a row's tiles is its draw. A maximum does not depend on how it is
+taken: a row draws the same token alone and among 128. Noise is computed only in tiles where a token stays, four tokens
+a Philox call.
 
 The walk takes a child if and only if it is its parent's draw: the answer is the draws, whatever was proposed. A draft
 that proposes under the same noise (`drafting`) is taken more often, and that is all it can change.
@@ -70,7 +71,7 @@ def _draw_kernel(
 
 
 @triton.jit
-def _merged(keys, o_row, m_row, tiles, TILES: tl.constexpr):
+def merged(keys, o_row, m_row, tiles, TILES: tl.constexpr):
     """The draws of rows: the token of the largest key among a row's tiles, int64."""
     o_tile = tl.arange(0, TILES)
     p_keys = keys + o_row.to(tl.int64)[:, None] * tiles + o_tile[None, :]
@@ -81,7 +82,7 @@ def _merged(keys, o_row, m_row, tiles, TILES: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _merge_kernel(keys, out, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(out + o_row, _merged(keys, o_row, o_row < rows, tiles, TILES), mask=o_row < rows)
+    tl.store(out + o_row, merged(keys, o_row, o_row < rows, tiles, TILES), mask=o_row < rows)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _walk_kernel(
     o_node = tl.arange(0, NODES)
     m_node = o_node < nodes
     o_row = i_b.to(tl.int64) * nodes + o_node
-    b_drawn = _merged(keys, o_row, m_node, tiles, TILES)
+    b_drawn = merged(keys, o_row, m_node, tiles, TILES)
     b_token = tl.load(tokens + o_row, mask=m_node, other=-1)
     b_parent = tl.load(parents + o_row, mask=m_node, other=-1)
 
@@ -153,9 +154,7 @@ def launch_keys(
     """The kernels of a draw: filters and noise only where the host does not know that they are off."""
     if seed is None or is_zero(temperature):
         return launch_draw(logits, positions, 0.0, None, None)
-    open_ended = is_zero(top_k) and not isinstance(top_p, torch.Tensor) and top_p == 1
-    border = None if open_ended else launch_border(logits, temperature, top_k, top_p)
-    return launch_draw(logits, positions, temperature, seed, border)
+    return launch_draw(logits, positions, temperature, seed, launch_border(logits, temperature, top_k, top_p))
 
 
 def launch_merge(keys: torch.Tensor) -> torch.Tensor:

@@ -157,8 +157,13 @@ def launch_border(
     temperature: float | torch.Tensor,
     top_k: int | torch.Tensor,
     top_p: float | torch.Tensor,
-) -> torch.Tensor:
-    """The lowest w of each row that both filters leave, as an order-preserving int32: [B, N]."""
+) -> torch.Tensor | None:
+    """The lowest w of each row that both filters leave, as an order-preserving int32 [B, N].
+
+    None where the host knows that they leave everything, or that nothing is sampled.
+    """
+    if is_zero(temperature) or (is_zero(top_k) and not isinstance(top_p, torch.Tensor) and top_p == 1):
+        return None
     batch, nodes, vocabulary = logits.shape
     border = torch.empty((batch, nodes), dtype=torch.int32, device=logits.device)
     tile = min(SEARCH_TILE, max(16, triton.next_power_of_2(vocabulary)))

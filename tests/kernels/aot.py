@@ -30,6 +30,8 @@ from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, Lo
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
 from specvlm_kernels.noise import launch_noise
+from specvlm_kernels.ratio_acceptance import launch_accept_ratio
+from specvlm_kernels.relaxed_acceptance import launch_accept_typical
 from specvlm_kernels.token_pooling import (
     launch_conv_tokens,
     launch_conv_tokens_backward_tokens,
@@ -139,6 +141,19 @@ def draw_cases(model: Shape) -> Iterator[Case]:
 
         yield Case(f"draw {name} {model.name}", lambda keys=keys: launch_merge(keys()))
     yield Case(f"accept {model.name}", lambda: launch_walk(keys(), tokens, parents))
+    yield Case(
+        f"accept_typical {model.name}",
+        lambda: launch_accept_typical(logits, tokens, parents, positions, 0.09, 0.3, temperature, top_k, top_p, seed),
+    )
+    for replacement in (False, True):
+
+        def ratio(replacement: bool = replacement) -> Any:
+            return launch_accept_ratio(
+                logits, logits, tokens, parents, positions, temperature, top_k, top_p, seed, replacement
+            )
+
+        kind = "with replacement " if replacement else ""
+        yield Case(f"accept_ratio {kind}{model.name}", ratio, quick=not replacement)
 
 
 def draft_cases(model: Shape) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specvlm_kernels import noise, reference
-from specvlm_kernels.reference.noise import BLOCKS_KEPT, _noise_block, _race
+from specvlm_kernels.reference.noise import BLOCKS_KEPT, _noise_block, race
 from tests.kernels.watch import launched
 
 SIXTY_FOUR = st.integers(-(2**63), 2**63 - 1)
@@ -100,7 +100,7 @@ def test_kernel_noise_is_finite_where_the_word_rounds_up_to_one(device):
     with launched(noise._noise_kernel):
         got = noise.launch_noise(positions, seed, torch.empty(1, 1, 4, device=device), 0, 663868)
     assert float(got[0, 0, 2]) == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
-    torch.testing.assert_close(got.cpu(), _race(words.cpu()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.cpu(), race(words.cpu()), rtol=1e-5, atol=1e-5)
 
 
 def test_kernel_takes_no_positions(device):
@@ -113,11 +113,11 @@ def test_reference_noise_is_minus_log_of_an_exponential():
     words = torch.randint(0, int(0.99 * 2**32), (10_000,), generator=torch.Generator().manual_seed(0))
     words = torch.cat([words, torch.arange(4)])
     u = (words.double() + 0.5) / 2**32
-    torch.testing.assert_close(_race(words).double(), -torch.log(-torch.log1p(-u)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(race(words).double(), -torch.log(-torch.log1p(-u)), rtol=1e-5, atol=1e-5)
 
 
 def test_reference_noise_is_finite_at_both_ends():
-    least, largest = _race(torch.tensor([2**32 - 1, 0])).tolist()
+    least, largest = race(torch.tensor([2**32 - 1, 0])).tolist()
     assert least == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
     assert largest == pytest.approx(33 * math.log(2), rel=1e-6)
 
@@ -136,7 +136,7 @@ def test_reference_noise_does_not_depend_on_what_is_memoised(vocabulary):
     for i in range(positions.shape[1]):
         _noise_block.cache_clear()
         assert torch.equal(noise.race_noise(positions[:, i : i + 1], seed, vocabulary), together[:, i : i + 1])
-    expected = _race(noise.philox_integers(positions, seed, vocabulary))
+    expected = race(noise.philox_integers(positions, seed, vocabulary))
     assert torch.equal(together, expected)
 
 

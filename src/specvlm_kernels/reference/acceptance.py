@@ -53,7 +53,7 @@ def accept(
     """Plain torch twin of `specvlm_kernels.accept`."""
     drawn = draw(logits, positions, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     nodes = tokens.shape[1]
-    paths, lengths, next_tokens = [], [], []
+    paths, next_tokens = [], []
     for draws, proposed, above in zip(drawn.tolist(), tokens.tolist(), parents.tolist(), strict=True):
         path: list[int] = []
         node = 0
@@ -61,15 +61,41 @@ def accept(
             if above[i] == node and proposed[i] == draws[node]:
                 path.append(i)
                 node = i
-        paths.append(path + [-1] * (nodes - len(path)))
-        lengths.append(len(path))
+        paths.append(path)
         next_tokens.append(draws[node])
-    device = logits.device
+    return accepted(paths, next_tokens, nodes, logits.device)
+
+
+def accepted(paths: list[list[int]], next_tokens: list[int], nodes: int, device: torch.device) -> Accepted:
+    """Walks as tensors."""
+    padded = [path + [-1] * (nodes - len(path)) for path in paths]
     return Accepted(
-        torch.tensor(paths, dtype=torch.int32, device=device).view(-1, nodes),
-        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.tensor(padded, dtype=torch.int32, device=device).view(-1, nodes),
+        torch.tensor([len(path) for path in paths], dtype=torch.int32, device=device),
         torch.tensor(next_tokens, dtype=torch.int64, device=device),
     )
+
+
+def law(
+    logits: torch.Tensor, temperature: float | torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.Tensor
+) -> torch.Tensor:
+    """How probable every token's draw is, [B, N, V] in max(logits' dtype, fp32).
+
+    The softmax of what the filters leave; where the temperature is 0, and in a row without a value above -inf, all of
+    it is the token's that `draw` would draw.
+    """
+    w = at_least_float(logits)
+    t = per_row(temperature, torch.float32, w)
+    certain = torch.zeros_like(w).scatter_(-1, w.argmax(dim=-1, keepdim=True), 1)
+    shares = softmax(_filtered(w / torch.where(t > 0, t, 1), top_k, top_p))
+    return torch.where((t > 0) & (shares.sum(dim=-1, keepdim=True) > 0), shares, certain)
+
+
+def softmax(w: torch.Tensor) -> torch.Tensor:
+    """Over the last axis. Infinite values share all of it; a row of -inf alone is zero."""
+    best = w.amax(dim=-1, keepdim=True)
+    weight = torch.where(w == best, (best > -torch.inf).to(w.dtype), torch.exp(w - best))
+    return weight / weight.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def perturbed(
@@ -85,8 +111,7 @@ def perturbed(
     Returns:
         [B, N, V] in max(logits' dtype, fp32).
     """
-    w = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    w = w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    w = at_least_float(logits)
     if seed is None or (not isinstance(temperature, torch.Tensor) and temperature == 0):
         return w
     noise = race_noise(positions.long() + 1, seed, w.shape[-1])
@@ -104,11 +129,11 @@ def _filtered(w: torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.T
     if not isinstance(top_k, torch.Tensor) and top_k == 0 and not isinstance(top_p, torch.Tensor) and top_p == 1:
         return w
     ordered = w.sort(dim=-1, descending=True).values
-    k = _per_row(top_k, torch.int64, w)
+    k = per_row(top_k, torch.int64, w)
     last = torch.where(k > 0, k, w.shape[-1]).clamp(max=w.shape[-1]) - 1
     border = ordered.gather(-1, last.expand(*w.shape[:-1], 1))
 
-    p = _per_row(top_p, torch.float32, w).double()
+    p = per_row(top_p, torch.float32, w).double()
     weight = torch.where(ordered == ordered[..., :1], 1, torch.exp(ordered - ordered[..., :1]))
     mass = torch.where(ordered >= border, (weight / MASS_UNIT).long(), 0)  # integers: no order of summing matters
     running = mass.cumsum(dim=-1)
@@ -118,6 +143,12 @@ def _filtered(w: torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.T
     return torch.where(w >= border, w, -torch.inf)
 
 
-def _per_row(setting: float | torch.Tensor, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+def at_least_float(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in max(their dtype, fp32), NaN as -inf."""
+    w = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return w.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def per_row(setting: float | torch.Tensor, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """A number or a [B] tensor as [B or 1, 1, 1]."""
     return torch.as_tensor(setting, dtype=dtype, device=like.device).view(-1, 1, 1)

@@ -12,6 +12,9 @@ ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
+#: Streams: of draws, of the coins that `accept_ratio` tosses, and of its draws from what a target's law has left.
+DRAWS, COINS, LEFT_OVER = 0, 1, 2
+
 #: A memoised block covers this many positions, or fewer (a power of two) where that would exceed `BLOCK_VALUES`.
 BLOCK_POSITIONS = 64
 BLOCK_VALUES = 1 << 20
@@ -43,6 +46,15 @@ def race_noise(positions: torch.Tensor, seed: torch.Tensor, vocabulary: int, *, 
     return torch.stack(rows).view(*positions.shape, vocabulary)
 
 
+def uniforms(tokens: torch.Tensor, positions: torch.Tensor, seed: torch.Tensor, *, stream: int) -> torch.Tensor:
+    """u of single tokens [B, N] at positions [B, N], fp32 in (0, 1); see `specvlm_kernels.noise`."""
+    place = positions.long()
+    words = ((tokens // 4) & MASK_32, place & MASK_32, (place >> 32) & MASK_32, torch.full_like(place, stream))
+    key = seed[:, None].expand_as(place)
+    lanes = torch.stack(_philox(words, (key & MASK_32, (key >> 32) & MASK_32)), dim=-1)
+    return _uniform(lanes.gather(-1, (tokens % 4)[..., None])[..., 0])
+
+
 def _block_positions(vocabulary: int) -> int:
     return max(1, min(BLOCK_POSITIONS, 1 << (BLOCK_VALUES // vocabulary).bit_length() >> 1))
 
@@ -53,15 +65,19 @@ def _noise_block(seed: int, block: int, vocabulary: int, stream: int, device: to
     size = _block_positions(vocabulary)
     positions = torch.arange(block * size, (block + 1) * size, device=device)[None]
     seeds = torch.tensor([seed], device=device)
-    return _race(philox_integers(positions, seeds, vocabulary, stream=stream))[0]
+    return race(philox_integers(positions, seeds, vocabulary, stream=stream))[0]
 
 
-def _race(integers: torch.Tensor) -> torch.Tensor:
+def race(integers: torch.Tensor) -> torch.Tensor:
     """g = -log E for an exponential E, from integers in [0, 2^32)."""
-    u = ((integers.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
+    u = _uniform(integers)
     x = 1 - u
     e = torch.where(x == 1, u, -torch.log(x) * u / (1 - x))  # -log1p(-u)
     return -torch.log(e)
+
+
+def _uniform(integers: torch.Tensor) -> torch.Tensor:
+    return ((integers.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
 
 
 def _philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
