@@ -12,7 +12,8 @@ logits. Above temperature 1 the noise keeps its size while w shrinks by the temp
 
 One program holds `TILE` tokens of a row in registers as packed int64 keys (value, lowest token first): it takes the
 largest k times, and sums the softmax in fp32. A second kernel, a program a row, does the same with the tiles' keys.
-Logits are read once; nothing of the vocabulary's size is written.
+Logits are read once; nothing of the vocabulary's size is written. A draft of a reduced vocabulary says which ids its
+logits are of, and the noise of those ids alone is made, a Philox call each.
 """
 
 import torch
@@ -21,9 +22,9 @@ import triton.language as tl
 
 from ._checks import check_range, check_tensor, check_whole
 from ._dispatch import on_device
-from .acceptance import check_draw
+from .acceptance import as_rows, check_draw
 from .filters import LEAST_64, argument, is_zero, key_token, key_value, pack_key, scaled_tile, setting
-from .noise import race_tile
+from .noise import race, race_tile, uniform
 from .reference import drafting as reference
 
 #: Tokens a program.
@@ -41,9 +42,10 @@ def _centred(b_z, largest, sharpness):
 
 @triton.jit(do_not_specialize=["temperature", "nodes", "tiles", "excluded"])
 def _tile_topk_kernel(
-    logits, positions, temperature, seed, exclude, keys, sums, nodes, vocabulary, tiles, excluded,
+    logits, positions, temperature, seed, exclude, ids, keys, sums, nodes, vocabulary, tiles, excluded,
     stride_b, stride_n, stride_v,
-    PER_ROW_T: tl.constexpr, SAMPLED: tl.constexpr, EXCLUDES: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+    PER_ROW_T: tl.constexpr, SAMPLED: tl.constexpr, EXCLUDES: tl.constexpr, MAPPED: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     i_row, i_tile = tl.program_id(0), tl.program_id(1)
     i_b, i_n = i_row // nodes, i_row % nodes
@@ -51,13 +53,19 @@ def _tile_topk_kernel(
     o_token = i_tile * TILE + tl.arange(0, TILE)
     t = setting(temperature, i_b, PER_ROW_T, tl.float32)
 
+    b_id = o_token
+    if MAPPED:
+        b_id = tl.load(ids + o_token, mask=o_token < vocabulary, other=0)
     b_z = scaled_tile(p_row, o_token, vocabulary, stride_v, t)
     if SAMPLED and t > 0:
         position = tl.load(positions + i_row).to(tl.int64) + 1
-        b_z += race_tile(i_tile * TILE, position, tl.load(seed + i_b), 0, TILE)
+        if MAPPED:
+            b_z += race(uniform(b_id, position, tl.load(seed + i_b), 0))
+        else:
+            b_z += race_tile(i_tile * TILE, position, tl.load(seed + i_b), 0, TILE)
     if EXCLUDES:
         for i in range(excluded):
-            b_z = tl.where(o_token == tl.load(exclude + i), -float("inf"), b_z)
+            b_z = tl.where(b_id == tl.load(exclude + i), -float("inf"), b_z)
 
     b_key = tl.where(o_token < vocabulary, pack_key(b_z, o_token), LEAST_64)
     o_part = i_row.to(tl.int64) * tiles + i_tile
@@ -71,8 +79,8 @@ def _tile_topk_kernel(
 
 @triton.jit(do_not_specialize=["temperature", "nodes", "tiles"])
 def _row_topk_kernel(
-    keys, sums, temperature, tokens, scores, nodes, tiles,
-    PER_ROW_T: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
+    keys, sums, temperature, ids, tokens, scores, nodes, tiles,
+    PER_ROW_T: tl.constexpr, MAPPED: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     t = setting(temperature, i_row // nodes, PER_ROW_T, tl.float32)
@@ -89,7 +97,10 @@ def _row_topk_kernel(
         best = tl.max(b_key, 0)
         value = key_value(best)
         empty = value == -float("inf")
-        tl.store(tokens + i_row * K + i, tl.where(empty, 0, key_token(best)))
+        token = tl.where(empty, 0, key_token(best))
+        if MAPPED:
+            token = tl.where(empty, 0, tl.load(ids + token))
+        tl.store(tokens + i_row * K + i, token)
         tl.store(scores + i_row * K + i, tl.where(empty, value, _centred(value, largest, sharpness) - log_sum))
         b_key = tl.where(b_key == best, LEAST_64, b_key)
 
@@ -101,12 +112,14 @@ def launch_draft_topk(
     temperature: float | torch.Tensor,
     seed: torch.Tensor | None,
     exclude: torch.Tensor | None,
+    ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the kernels; arguments as in `draft_topk`, already checked. No seed: temperature is 0 on every row."""
     batch, nodes, vocabulary = logits.shape
     tile = min(TILE, max(16, triton.next_power_of_2(vocabulary)))
     tiles = triton.cdiv(vocabulary, tile)
     device = logits.device
+    ids = None if ids is None else ids.contiguous()
     keys = torch.empty((batch, nodes, tiles, k), dtype=torch.int64, device=device)
     sums = torch.empty((batch, nodes, tiles), dtype=torch.float32, device=device)
     tokens = torch.empty((batch, nodes, k), dtype=torch.int64, device=device)
@@ -115,17 +128,37 @@ def launch_draft_topk(
     per_row = isinstance(temperature, torch.Tensor)
     _tile_topk_kernel[(batch * nodes, tiles)](
         logits, positions.contiguous(), temperature, None if seed is None else seed.contiguous(),
-        None if exclude is None else exclude.contiguous(), keys, sums,
+        None if exclude is None else exclude.contiguous(), ids, keys, sums,
         nodes, vocabulary, tiles, 0 if exclude is None else len(exclude), *logits.stride(),
-        PER_ROW_T=per_row, SAMPLED=seed is not None, EXCLUDES=exclude is not None, K=k, TILE=tile,
-        num_warps=max(1, min(8, tile // 512)),
+        PER_ROW_T=per_row, SAMPLED=seed is not None, EXCLUDES=exclude is not None, MAPPED=ids is not None,
+        K=k, TILE=tile, num_warps=max(1, min(8, tile // 512)),
     )  # fmt: skip
     _row_topk_kernel[(batch * nodes,)](
-        keys, sums, temperature, tokens, scores, nodes, tiles,
-        PER_ROW_T=per_row, K=k,
+        keys, sums, temperature, ids, tokens, scores, nodes, tiles,
+        PER_ROW_T=per_row, MAPPED=ids is not None, K=k,
         KEYS=triton.next_power_of_2(tiles * k), TILES=triton.next_power_of_2(tiles), num_warps=4,
     )  # fmt: skip
     return tokens, scores
+
+
+@torch.library.custom_op("specvlm_kernels::draft_topk", mutates_args=())
+def _draft_topk(
+    logits: torch.Tensor,
+    k: int,
+    positions: torch.Tensor,
+    temperature: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    exclude: torch.Tensor | None,
+    vocabulary: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    temperature = 0.0 if temperature is None else temperature
+    return draft_topk(logits, k, positions, temperature=temperature, seed=seed, exclude=exclude, vocabulary=vocabulary)
+
+
+@_draft_topk.register_fake
+def _(logits: torch.Tensor, k: int, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (*logits.shape[:2], k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 def draft_topk(
@@ -136,6 +169,7 @@ def draft_topk(
     temperature: float | torch.Tensor = 0.0,
     seed: torch.Tensor | None = None,
     exclude: torch.Tensor | None = None,
+    vocabulary: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best children of every node under the noise of the target's draw, and how probable each is.
 
@@ -143,12 +177,16 @@ def draft_topk(
     in descending order, ties to the lowest id, and the scores log softmax(max(1, temperature) * z) over all of them.
 
     Args:
-        logits: [B, N, V] the draft's, fp32, fp16 or bf16 (on CPU fp64 too), any strides. NaN counts as -inf.
+        logits: [B, N, V] the draft's, fp32, fp16 or bf16 (on CPU fp64 too), any strides. NaN counts as -inf. V is what
+            the draft can propose, which may be less than the target's vocabulary.
         k: children a node, from 1 to V and at most 64.
         positions: [B, N] int32 or int64, the nodes' own positions: their children's is the next, as in `draw`.
         temperature: a number or [B] fp32, the target's.
         seed: [B] int64, the target's; may be None only where the host knows that temperature is 0.
         exclude: [E] int64, ids that are never proposed; their probability goes to the others.
+        vocabulary: [V] int64, which of the target's tokens the logits are of, each once: noise, exclusions and the
+            result go by these ids, as if the logits had been spread over the whole vocabulary, -inf everywhere else.
+            Of equal values the one listed first goes first. None: token i is id i.
 
     Returns:
         tokens [B, N, k] int64 and scores [B, N, k] fp32. Where fewer than k tokens have a z above -inf, the rest are
@@ -158,14 +196,22 @@ def draft_topk(
         ValueError: a wrong shape, dtype, device or k, or no seed; for numbers and CPU tensors also a wrong value.
     """
     kernel = check_draw(logits, positions, temperature, 0, 1.0, seed)
-    vocabulary = logits.shape[-1]
-    check_whole("k", k, 1, min(vocabulary, MOST_CHILDREN))
+    size = logits.shape[-1]
+    check_whole("k", k, 1, min(size, MOST_CHILDREN))
+    if vocabulary is not None:
+        check_tensor("vocabulary", vocabulary, (size,), torch.int64, logits.device)
+        check_range("vocabulary", vocabulary, 0, 2**31 - 1)
     if exclude is not None:
         check_tensor("exclude", exclude, ("E",), torch.int64, logits.device)
-        check_range("exclude", exclude, 0, vocabulary)
+        check_range("exclude", exclude, 0, size if vocabulary is None else 2**31 - 1)
+    if torch.compiler.is_compiling():
+        (temperature, _, _) = as_rows(logits, temperature, 0, 1.0)
+        return _draft_topk(logits, k, positions, temperature, seed, exclude, vocabulary)
     if not kernel:
-        return reference.draft_topk(logits, k, positions, temperature=temperature, seed=seed, exclude=exclude)
+        return reference.draft_topk(
+            logits, k, positions, temperature=temperature, seed=seed, exclude=exclude, vocabulary=vocabulary
+        )
     if is_zero(temperature):
         seed = None
     with on_device(logits):
-        return launch_draft_topk(logits, k, positions, temperature, seed, exclude)
+        return launch_draft_topk(logits, k, positions, temperature, seed, exclude, vocabulary)

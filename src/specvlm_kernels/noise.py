@@ -15,8 +15,7 @@ written to memory, and one call serves four neighbouring tokens.
 The second form cancels the rounding of 1 - u (Higham, "Accuracy and stability", section 1.14.1), which matters: the
 smallest E wins the race. The integers are equal on every backend; the floats may differ in their last bits.
 
-Stream 0 is that of draws. `accept_ratio`, whose decisions must not hang on the noise of what was drafted, tosses its
-coins u in stream 1 and draws from what a law has left in stream 2.
+Stream 0 is that of draws. `accept_ratio`, whose coins u must not hang on the noise of what was drafted, has stream 1.
 """
 
 import torch
@@ -52,27 +51,33 @@ def _uniform(b_word):
 
 
 @triton.jit
-def uniform(token, position, seed, stream):
-    """The u of one token, fp32 in (0, 1); token, position and seed are int64."""
-    word_0, word_1, word_2, word_3 = tl.philox_impl(
-        (token // 4).to(tl.uint32),
-        (position & 0xFFFFFFFF).to(tl.uint32),
-        ((position >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        (position * 0 + stream).to(tl.uint32),
+def uniform(b_token, position, seed, stream):
+    """The u of tokens that do not follow one another, or of one, fp32 in (0, 1): a Philox call each; all are int64."""
+    b_zero = b_token * 0
+    b_0, b_1, b_2, b_3 = tl.philox_impl(
+        ((b_token >> 2) & 0xFFFFFFFF).to(tl.uint32),
+        (b_zero + (position & 0xFFFFFFFF)).to(tl.uint32),
+        (b_zero + ((position >> 32) & 0xFFFFFFFF)).to(tl.uint32),
+        (b_zero + stream).to(tl.uint32),
         (seed & 0xFFFFFFFF).to(tl.uint32),
         ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
     )
-    lane = token % 4
-    return _uniform(tl.where(lane < 2, tl.where(lane == 0, word_0, word_1), tl.where(lane == 2, word_2, word_3)))
+    b_lane = b_token & 3
+    return _uniform(tl.where(b_lane < 2, tl.where(b_lane == 0, b_0, b_1), tl.where(b_lane == 2, b_2, b_3)))
+
+
+@triton.jit
+def race(b_u):
+    """The noise g made from u."""
+    b_x = 1.0 - b_u
+    b_e = tl.where(b_x == 1.0, b_u, -tl.log(b_x) * b_u / (1.0 - b_x))
+    return -tl.log(b_e)
 
 
 @triton.jit
 def race_tile(i_first, position, seed, stream, TILE: tl.constexpr):
     """The noise g of tokens i_first ... i_first + TILE - 1, [TILE] fp32; i_first is a multiple of 4."""
-    b_u = _uniform(philox_tile(i_first, position, seed, stream, TILE))
-    b_x = 1.0 - b_u
-    b_e = tl.where(b_x == 1.0, b_u, -tl.log(b_x) * b_u / (1.0 - b_x))
-    return -tl.log(b_e)
+    return race(_uniform(philox_tile(i_first, position, seed, stream, TILE)))
 
 
 @triton.jit(do_not_specialize=["first", "stream", "nodes"])

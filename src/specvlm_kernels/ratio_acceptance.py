@@ -9,8 +9,9 @@ Where all are refused, the bonus token is drawn from what p has become. So the e
 (SpecInfer, Miao et al., 2024; without replacement: RSD, Jeon et al., 2024). Drawn with replacement, q stays as it is,
 and a token that comes again is refused: p(x) is 0 then, and the test is strict.
 
-u is a function of seed, position and token in a noise stream of its own, and the bonus token is drawn in another: of
-either, no draft may have seen anything. `accept` needs no q, and takes more from a draft that shares its noise.
+u is a function of seed, position and token in a noise stream of its own, of which no draft may have seen anything. The
+bonus token is drawn in the same stream: a refused token has p(x) = 0 from then on, so no number serves twice. `accept`
+needs no q, and takes more from a draft that shares its noise.
 
 The laws of all rows are summed up beforehand (`laws`). Then a program a row of the batch walks, and keeps p and q of
 the node that it stands at in memory, 8 bytes a token, which a refused child reads and writes once.
@@ -28,12 +29,12 @@ from .laws import launch_laws, share_tile
 from .noise import race_tile, uniform
 from .reference import ratio_acceptance as reference
 from .reference.acceptance import Accepted
-from .reference.noise import COINS, LEFT_OVER
+from .reference.noise import RATIO_STREAM
 
 #: Tokens that the walk holds at a time.
 TILE = 4096
 
-COIN_STREAM, LEFT_OVER_STREAM = tl.constexpr(COINS), tl.constexpr(LEFT_OVER)
+STREAM = tl.constexpr(RATIO_STREAM)
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _ratio_walk_kernel(
             coin = 0.5
             if SAMPLED:
                 position = tl.load(positions + row).to(tl.int64) + 1
-                coin = uniform(token.to(tl.int64), position, tl.load(seed + i_b), COIN_STREAM)
+                coin = uniform(token.to(tl.int64), position, tl.load(seed + i_b), STREAM)
             if coin * tl.load(p_source + token) * left < tl.load(p_left + token) * source:
                 taken = child
             else:
@@ -141,7 +142,7 @@ def _ratio_walk_kernel(
         m_token = o_token < vocabulary
         b_z = tl.log(tl.load(p_left + o_token, mask=m_token, other=0.0))
         if SAMPLED:
-            b_z += race_tile(i_first, position, tl.load(seed + i_b), LEFT_OVER_STREAM, TILE)
+            b_z += race_tile(i_first, position, tl.load(seed + i_b), STREAM, TILE)
         b_key = tl.maximum(b_key, tl.where(m_token, pack_key(b_z, o_token), LEAST_64))
     tl.store(path + first_row + o_node, b_path, mask=o_node < nodes)
     tl.store(length + i_b, count)
@@ -238,8 +239,8 @@ def accept_ratio(
             Rows of nodes without children may hold anything.
         tokens, parents, positions: as in `accept`.
         temperature, top_k, top_p: the target's, as in `draw`.
-        seed: [B] int64, as in `draw`. Its noise is that of streams 1 and 2; a draft that drew with the same seed in
-            stream 0, as `draft_topk` does, knows nothing of it.
+        seed: [B] int64, as in `draw`. Its noise is that of stream 1; a draft that drew with the same seed in stream 0,
+            as `draft_topk` does, knows nothing of it.
         replacement: the children of a node are independent draws, among which a token may come again, as in SpecInfer.
 
     Returns:

@@ -333,6 +333,33 @@ def launch_pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@torch.library.custom_op("specvlm_kernels::pack_ancestors", mutates_args=())
+def _pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
+    return pack_ancestors(parents)
+
+
+@_pack_ancestors.register_fake
+def _(parents: torch.Tensor) -> torch.Tensor:
+    return parents.new_empty((*parents.shape, -(-parents.shape[1] // WORD)), dtype=torch.int64)
+
+
+@torch.library.custom_op("specvlm_kernels::tree_attention", mutates_args=())
+def _tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
+
+
+@_tree_attention.register_fake
+def _(q: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     """Packs, for every node of a tree, the nodes on its path to the root into bits.
 
@@ -352,7 +379,10 @@ def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("parents", parents, ("B", "N"), torch.int32)
     check_parents(parents)
-    if not takes_kernel("parents", parents):
+    kernel = takes_kernel("parents", parents)
+    if torch.compiler.is_compiling():
+        return _pack_ancestors(parents)
+    if not kernel:
         return reference.pack_ancestors(parents)
     with on_device(parents):
         return launch_pack_ancestors(parents)
@@ -413,6 +443,8 @@ def tree_attention(
     if scale is None:
         scale = head_dim**-0.5
     check_finite("scale", scale)
+    if torch.compiler.is_compiling():
+        return _tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale)
     if not kernel:
         return reference.tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
     check_forward_only(q=q, k_cache=k_cache, v_cache=v_cache)

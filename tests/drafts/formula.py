@@ -9,7 +9,7 @@ from torch import Tensor
 from specvlm import SpecVLM
 from specvlm.drafts import VLMDraft
 from specvlm.drafts.heads import HeadConfig, HeadDraft
-from specvlm.drafts.pairs import PairDraft
+from specvlm.drafts.pairs import PairDraft, spread
 from specvlm.policies import History, TreePolicy
 from specvlm.state import Limits, Sampling
 from specvlm.tree import Beam, DraftTree, Growth, Plan, tree_from_lists
@@ -85,11 +85,19 @@ class Pausing(TreePolicy):
 
 
 def recorded(draft: HeadDraft | VLMDraft, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Beam]]:
-    """Lists that the draft's logits and the beams of its trees go to from now on."""
+    """Lists that the draft's logits, over the whole vocabulary, and the beams of its trees go to from now on."""
     logits: list[Tensor] = []
     beams: list[Beam] = []
-    draft_logits, grow_beam = draft.logits, Growth.beam
-    monkeypatch.setattr(draft, "logits", lambda hidden: logits.append(draft_logits(hidden)) or logits[-1])
+    name = "own_logits" if isinstance(draft, PairDraft) else "logits"
+    draft_logits, grow_beam = getattr(draft, name), Growth.beam
+
+    def record(hidden: Tensor) -> Tensor:
+        found = draft_logits(hidden)
+        ids = draft.vocabulary if isinstance(draft, PairDraft) else None
+        logits.append(found if ids is None else spread(found, ids, draft.head.config.vocab_size))
+        return found
+
+    monkeypatch.setattr(draft, name, record)
     monkeypatch.setattr(Growth, "beam", lambda growth: beams.append(grow_beam(growth)) or beams[-1])
     return logits, beams
 

@@ -158,9 +158,14 @@ def draw_cases(model: Shape) -> Iterator[Case]:
 
 def draft_cases(model: Shape) -> Iterator[Case]:
     logits, positions, seed = meta(1, 8, model.vocab), meta(1, 8, dtype=torch.int32), meta(1, dtype=torch.int64)
-    exclude = meta(1, dtype=torch.int64)
+    exclude, ids = meta(1, dtype=torch.int64), meta(model.vocab // 4, dtype=torch.int64)
+    reduced = meta(1, 8, model.vocab // 4)
     yield Case(f"draft_topk greedy {model.name}", lambda: launch_draft_topk(logits, 8, positions, 0.0, None, exclude))
     yield Case(f"draft_topk sampled {model.name}", lambda: launch_draft_topk(logits, 8, positions, 1.0, seed, exclude))
+    yield Case(
+        f"draft_topk of a quarter of the vocabulary {model.name}",
+        lambda: launch_draft_topk(reduced, 8, positions, 1.0, seed, exclude, ids),
+    )
 
 
 def loss_cases(name: str, logits: torch.Tensor, teacher_logits: torch.Tensor) -> Iterator[Case]:

@@ -109,6 +109,51 @@ def test_reference_orders_ties_and_fills_with_no_proposal():
     check_rows_that_are_not_finite("cpu")
 
 
+def check_a_reduced_vocabulary(device: str, temperature: float | torch.Tensor, descending: bool) -> None:
+    """It is as if the logits had been spread over the whole vocabulary."""
+    whole, ids = (
+        700,
+        torch.randperm(700, generator=torch.Generator().manual_seed(2))[:90].sort(descending=descending)[0],
+    )
+    logits, positions, seed = random_logits(2, 3, 90, seed=3), places(2, 3), torch.tensor([5, -6])
+    exclude = torch.cat([ids[logits[0].argmax(-1)], torch.tensor([0, 699, ids[4]])])
+    spread = torch.full((2, 3, whole), -INF).index_copy(-1, ids, logits)
+    assert clear_cut(spread, 6, positions, temperature, seed)
+    expected = reference.draft_topk(spread, 6, positions, temperature=temperature, seed=seed, exclude=exclude)
+    options = {"temperature": temperature, "seed": seed, "exclude": exclude, "vocabulary": ids}
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    got = draft_topk(logits.to(device), 6, positions.to(device), **moved)
+    check_same(got, expected)
+    assert torch.isin(got[0].cpu(), ids).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, torch.tensor([0.7, 1.8])], ids=["greedy", "by row"])
+def test_kernel_takes_a_reduced_vocabulary(device, temperature):
+    with launched(*KERNELS):
+        check_a_reduced_vocabulary(device, temperature, descending=False)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, torch.tensor([0.7, 1.8])], ids=["greedy", "sampled", "by row"])
+def test_reference_takes_a_reduced_vocabulary(temperature, descending):
+    check_a_reduced_vocabulary("cpu", temperature, descending)
+
+
+def check_ties_of_a_reduced_vocabulary(device: str) -> None:
+    logits, ids = torch.tensor([[[2.0, 5.0, 5.0, -INF]]]).to(device), torch.tensor([30, 9, 4, 7]).to(device)
+    tokens, scores = draft_topk(logits, 4, places(1, 1).to(device), vocabulary=ids)
+    assert tokens.tolist() == [[[9, 4, 30, 0]]]
+    assert scores[0, 0, 3] == -INF
+
+
+def test_kernel_orders_ties_as_the_vocabulary_lists_them(device):
+    check_ties_of_a_reduced_vocabulary(device)
+
+
+def test_reference_orders_ties_as_the_vocabulary_lists_them():
+    check_ties_of_a_reduced_vocabulary("cpu")
+
+
 def check_exclusions(device: str) -> None:
     logits = torch.tensor([[[1.0, 5.0, 2.0, 4.0]]], device=device)
     tokens, scores = draft_topk(logits, 3, places(1, 1).to(device), exclude=torch.tensor([1, 0], device=device))
@@ -138,6 +183,7 @@ def test_kernel_stays_inside_whatever_the_values(device):
     outside = torch.tensor([-1, 40, 2**31, -(2**63), 2**63 - 1], device=device)
     with launched(*KERNELS):
         got = drafting.launch_draft_topk(*args, 1.0, seed, outside)
+        drafting.launch_draft_topk(*args, 1.0, seed, None, outside.repeat(8))
     for x, expected in zip(got, drafting.launch_draft_topk(*args, 1.0, seed, None), strict=True):
         assert torch.equal(x, expected)
     for temperature in (NAN, -1.0, INF):
@@ -192,6 +238,9 @@ def test_reference_serves_double():
         ({"seed": torch.zeros(1)}, "seed: expected dtype int64, got float32"),
         ({"exclude": torch.zeros(1, 1, dtype=torch.int64)}, r"exclude: expected shape \[E\], got \[1, 1\]"),
         ({"exclude": torch.zeros(1).int()}, "exclude: expected dtype int64, got int32"),
+        ({"vocabulary": torch.zeros(4, dtype=torch.int64)}, r"vocabulary: expected shape \[5\], got \[4\]"),
+        ({"vocabulary": torch.zeros(5)}, "vocabulary: expected dtype int64, got float32"),
+        ({"vocabulary": torch.arange(-1, 4)}, r"vocabulary: expected values in \[0, .*, got \[-1, 3\]"),
         ({"exclude": torch.tensor([5])}, r"exclude: expected values in \[0, 5\), got \[5, 5\]"),
     ],
 )

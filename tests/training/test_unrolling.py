@@ -69,7 +69,7 @@ def unrolled(specvlm: SpecVLM, draft: PairDraft, batch: Batch) -> list[dict[tupl
         lengths = [int(row.nonzero().max()) + 1 for row in batch.answers]
         starts = [int(read.counts[row].nonzero().max()) for row in range(len(lengths))]  # the last pair that counts
         keys = [(row, starts[row] - place) for row, place in zip(level.row.tolist(), level.place.tolist(), strict=True)]
-        found.append(dict(zip(keys, draft.logits(level.hidden), strict=True)))
+        found.append(dict(zip(keys, draft.own_logits(level.hidden), strict=True)))
     return found
 
 

@@ -25,7 +25,7 @@ class Grower(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, R, V] of outputs."""
+        """Logits [B, R, V] of outputs, over what it can propose."""
         ...
 
 
@@ -39,10 +39,14 @@ class TreeGrower:
         exclude: [E] int64 ids that are never proposed.
         shared_noise: choose children under the target's own sampling noise; False is the usual tree, whose nodes are
             the likeliest tokens whatever the target is about to draw.
+        vocabulary: [V] int64 tokens that the draft's logits are of; None: all of the target's.
     """
 
-    def __init__(self, policy: TreePolicy, exclude: Tensor, shared_noise: bool = True) -> None:
+    def __init__(
+        self, policy: TreePolicy, exclude: Tensor, shared_noise: bool = True, vocabulary: Tensor | None = None
+    ) -> None:
         self._policy, self._exclude, self._shared_noise = policy, exclude, shared_noise
+        self._vocabulary = vocabulary
         self._history = History(exclude.device)
         self._unread: list[Step] = []
 
@@ -101,6 +105,7 @@ class TreeGrower:
             temperature=state.sampling.temperature if self._shared_noise else 0.0,
             seed=state.sampling.seed,
             exclude=self._exclude,
+            vocabulary=self._vocabulary,
         )
 
     def extend(self, growth: Growth, tokens: Tensor, scores: Tensor, depth: int, plan: Plan) -> None:

@@ -157,7 +157,7 @@ class PairSession:
     def __init__(self, draft: PairDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft, self._target = draft, draft.target
         config = draft.head.config
-        self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise)
+        self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise, draft.vocabulary)
         self._context = draft.target.spec.context
         self._slab = draft_slab(state, 1, config.num_key_value_heads, config.head_dim)
         seen, pairs = draft.head.read(prompt)
@@ -187,8 +187,8 @@ class PairSession:
         return self._forward(beam.tokens, above, positions, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, R, V] over the target's vocabulary."""
-        return self._draft.logits(hidden)
+        """Logits [B, R, r] over what the draft can propose."""
+        return self._draft.own_logits(hidden)
 
     def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         hidden = self._draft.head.compressor.guided(hidden, self._guide)

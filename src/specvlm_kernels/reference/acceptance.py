@@ -105,8 +105,12 @@ def perturbed(
     top_k: int | torch.Tensor,
     top_p: float | torch.Tensor,
     seed: torch.Tensor | None,
+    vocabulary: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """w + g: logits after temperature, top-k and top-p, plus noise; -inf where NaN or filtered out.
+
+    Args:
+        vocabulary: [V] int64, the tokens that the logits are of, and the noise is; None: 0 to V - 1.
 
     Returns:
         [B, N, V] in max(logits' dtype, fp32).
@@ -114,7 +118,10 @@ def perturbed(
     w = at_least_float(logits)
     if seed is None or (not isinstance(temperature, torch.Tensor) and temperature == 0):
         return w
-    noise = race_noise(positions.long() + 1, seed, w.shape[-1])
+    if vocabulary is None:
+        noise = race_noise(positions.long() + 1, seed, w.shape[-1])
+    else:
+        noise = race_noise(positions.long() + 1, seed, int(vocabulary.max()) + 1)[..., vocabulary]
     if not isinstance(temperature, torch.Tensor):
         return _filtered(w / temperature, top_k, top_p) + noise
     t = temperature.view(-1, 1, 1)

@@ -12,8 +12,8 @@ ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
-#: Streams: of draws, of the coins that `accept_ratio` tosses, and of its draws from what a target's law has left.
-DRAWS, COINS, LEFT_OVER = 0, 1, 2
+#: The stream of `accept_ratio`; 0 is that of draws.
+RATIO_STREAM = 1
 
 #: A memoised block covers this many positions, or fewer (a power of two) where that would exceed `BLOCK_VALUES`.
 BLOCK_POSITIONS = 64

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .acceptance import Accepted, accepted, at_least_float, law, softmax
-from .noise import COINS, LEFT_OVER, philox_integers, race, uniforms
+from .noise import RATIO_STREAM, philox_integers, race, uniforms
 
 
 def accept_ratio(
@@ -27,7 +27,7 @@ def accept_ratio(
     coins = torch.full((batch, nodes), 0.5)
     if seed is not None:
         places = positions.gather(1, parents.clamp(min=0).long()) + 1
-        coins = uniforms(tokens.clamp(0, vocabulary - 1), places, seed, stream=COINS)
+        coins = uniforms(tokens.clamp(0, vocabulary - 1), places, seed, stream=RATIO_STREAM)
     walks = [
         _walk(p[b], q[b], tokens[b].tolist(), parents[b].tolist(), coins[b].tolist(), replacement) for b in range(batch)
     ]
@@ -36,7 +36,7 @@ def accept_ratio(
     rows = torch.tensor([[path[-1] if path else 0] for path, _ in walks], device=logits.device)
     z = torch.stack([left for _, left in walks]).log()
     if seed is not None:
-        z = z + race(philox_integers(positions.gather(1, rows) + 1, seed, vocabulary, stream=LEFT_OVER))[:, 0]
+        z = z + race(philox_integers(positions.gather(1, rows) + 1, seed, vocabulary, stream=RATIO_STREAM))[:, 0]
     return accepted([path for path, _ in walks], z.argmax(dim=-1).tolist(), nodes, logits.device)
 
 
