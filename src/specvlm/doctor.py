@@ -193,6 +193,10 @@ def _accept_arguments(dtype: torch.dtype) -> Arguments:
     return {"tokens": tokens, "parents": _PARENTS} | shared
 
 
+def _ratio_arguments(dtype: torch.dtype) -> Arguments:
+    return _accept_arguments(dtype) | {"draft_logits": _randn(2, 20, 1003, dtype=dtype, seed=1)}
+
+
 def _attention_arguments(dtype: torch.dtype) -> Arguments:
     return {
         "q": _randn(2, 20, 6, 64, dtype=dtype),
@@ -254,6 +258,9 @@ CASES: Final = (
         lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "positions": _POSITIONS} | _SAMPLING | _FILTERS,
     ),
     Case("accept", _accept_arguments),
+    Case("accept_ratio", _ratio_arguments),
+    Case("accept_typical", _accept_arguments),
+    Case("accept_within", lambda dtype: _accept_arguments(dtype) | {"radius": 40, "ordinal": (3, 1000)}),
     Case(
         "draft_topk",
         lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "k": 10, "positions": _POSITIONS} | _SAMPLING,

@@ -103,7 +103,7 @@ def check_grid(name: str, grid: object, tokens: int) -> None:
 
 def check_finite(name: str, x: object) -> None:
     """Checks that `x` is a number, and neither infinite nor NaN."""
-    if not isinstance(x, (int, float)) or not math.isfinite(x):
+    if not isinstance(x, (int, float)) or not -math.inf < x < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {x!r}")
 
 

@@ -1,0 +1,107 @@
+"""Every public op stands inside `torch.compile(fullgraph=True)`: one graph, and what comes out is what the op gives."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+import specvlm_kernels
+from specvlm.doctor import CASES, Case, _tensors
+from specvlm_kernels import acceptance
+
+#: The modules of the ops that are operators only where a compiler traces them, under their names with an underscore.
+MODULES = {
+    "pack_ancestors": "tree_attention",
+    "tree_attention": "tree_attention",
+    "draw": "acceptance",
+    "accept": "acceptance",
+    "accept_ratio": "ratio_acceptance",
+    "accept_typical": "relaxed_acceptance",
+    "accept_within": "relaxed_acceptance",
+    "draft_topk": "drafting",
+    "write_kv": "kv_cache",
+    "compact_kv": "kv_cache",
+}
+OPAQUE = [case for case in CASES if case.op in MODULES]
+
+
+def ran(op: Any, case: Case) -> list[torch.Tensor]:
+    """What `op` returns and changes, of fresh arguments."""
+    arguments = case.arguments(torch.float32)
+    returned = _tensors(op(**arguments))
+    return [*returned, *(arguments[name] for name in case.changed)]
+
+
+def check_compiled(case: Case, **options: Any) -> None:
+    torch.compiler.reset()
+    op, seen = getattr(specvlm_kernels, case.op), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def doubled(**arguments: Any) -> list[torch.Tensor]:
+        returned = op(**arguments)
+        return [2 * tensor for tensor in _tensors(returned)]
+
+    compiled = torch.compile(doubled, fullgraph=True, **options or {"backend": backend})
+    expected = ran(op, case)
+    changed = len(case.changed)
+    returned = len(expected) - changed
+    for _ in range(2):  # once compiling, once compiled
+        got = ran(compiled, case)
+        for i, (one, other) in enumerate(zip(got, expected, strict=True)):
+            assert torch.equal(one, 2 * other if i < returned else other)
+    if case.op in MODULES and not options:
+        assert any(target.startswith(f"specvlm_kernels.{case.op}") for target in seen), seen
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_a_reference_is_one_graph(case):
+    check_compiled(case)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", OPAQUE, ids=lambda case: case.op)
+def test_a_kernel_is_one_graph(case):
+    check_compiled(case)
+
+
+@pytest.mark.parametrize("case", OPAQUE, ids=lambda case: case.op)
+def test_an_operator_is_functionalised(case):
+    """Through AOTAutograd, as inductor has it: what an op writes into is written back."""
+    check_compiled(case, backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OPAQUE, ids=lambda case: case.op)
+def test_an_operator_passes_torchs_own_checks(case, monkeypatch):
+    """Schema, fake implementation and registration, of the very calls that a compiled program makes."""
+    module = importlib.import_module(f"specvlm_kernels.{MODULES[case.op]}")
+    operator, calls = getattr(module, f"_{case.op}"), []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: not calls)
+    monkeypatch.setattr(module, f"_{case.op}", lambda *args: calls.append(args) or operator(*args))
+    getattr(specvlm_kernels, case.op)(**case.arguments(torch.float32))
+    assert calls
+    torch.library.opcheck(
+        operator, calls[0], test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_numbers_may_change_and_bad_values_are_found_when_they_come():
+    compiled = torch.compile(specvlm_kernels.draw, fullgraph=True, backend="eager")
+    logits, positions = torch.randn(1, 2, 50), torch.zeros(1, 2, dtype=torch.int32)
+    seed = torch.tensor([3])
+    for options in ({}, {"temperature": 0.7, "seed": seed}, {"temperature": 1.3, "top_k": 5, "seed": seed}):
+        assert torch.equal(compiled(logits, positions, **options), specvlm_kernels.draw(logits, positions, **options))
+    with pytest.raises(ValueError, match="positions: expected values in"):
+        compiled(logits, positions - 1)
+    with pytest.raises(ValueError, match="temperature: expected a finite number >= 0"):
+        compiled(logits, positions, temperature=torch.tensor([-1.0]), seed=seed)
+
+
+def test_an_eager_call_goes_past_the_operator(monkeypatch):
+    """Whose dispatch costs as much as some of the references do."""
+    monkeypatch.setattr(acceptance, "_draw", None)
+    specvlm_kernels.draw(torch.zeros(1, 1, 5), torch.zeros(1, 1, dtype=torch.int32))
