@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from specvlm.cost_aware import CostAware, Costs
 from specvlm.drafts import VLMDraft
 from specvlm.policies import Confidence, Eagle2, FixedShape, History, OptTree, Outcome, Sage, TreePolicy
-from specvlm.tree import BUCKETS, Candidates, DraftTree, FreePlan, Plan, bucket, tree_from_lists
+from specvlm.tree import BUCKETS, Candidates, DraftTree, FreePlan, Growth, Plan, bucket, joined, tree_from_lists
 from tests.fakes import tiny_lm
 from tests.growth import RandomDraft, grow
 
@@ -35,6 +35,56 @@ policies = st.one_of(
 def tree_of(policy: TreePolicy, plan: Plan, seed: int, steps: int) -> tuple[DraftTree, Candidates]:
     candidates = grow([7], plan, [RandomDraft(seed, plan.width, steps)], policy)
     return policy.select(candidates, plan), candidates
+
+
+EVERY_POLICY = [
+    Eagle2(Plan(16, 4, 3)),
+    FixedShape((3, 2, 2)),
+    Confidence(0.1, Plan(16, 4, 3)),
+    Sage((2, 4), (2, 3), 16),
+    OptTree(16, 0.5, 4, 3),
+    CostAware(COSTS, depth=4, width=3),
+]
+
+
+def grow_and_select(policy: TreePolicy, scores: torch.Tensor) -> DraftTree:
+    """A tree of four levels whose nodes have children of log-probabilities `scores` [B, 3], and a chain beside it."""
+    batch, width = scores.shape
+    plan, device = Plan(16, 4, width), scores.device
+    growth = Growth(torch.zeros(batch, dtype=torch.int64, device=device), plan)
+    for depth in range(plan.depth):
+        rows = growth.beam().tokens.shape[1] if depth else 1
+        children = scores[:, None].expand(-1, rows, -1)
+        tokens = torch.arange(width, device=device).expand(batch, rows, -1)
+        growth.expand(tokens, policy.admit(children, growth.parent_scores, depth + 1, plan))
+    chain = torch.ones(batch, plan.depth, dtype=torch.int64, device=device), children[:, 0, :1].expand(-1, plan.depth)
+    return policy.select(joined(growth.candidates(), *chain), plan)
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
+def test_growing_and_choosing_read_no_value(policy):
+    """On a device without values, whoever looked at one would fail: nothing on the way to a tree waits for a GPU."""
+    scores = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    tree, there = grow_and_select(policy, scores), grow_and_select(policy, scores.to("meta"))
+    for name in ("tokens", "parents", "depths", "scores"):
+        here, far = getattr(tree, name), getattr(there, name)
+        assert (far.device.type, far.shape, far.dtype) == ("meta", here.shape, here.dtype)
+    assert there.max_depth == tree.max_depth
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
+def test_growing_and_choosing_never_wait_for_the_host(policy):
+    scores = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    expected, on_gpu = grow_and_select(policy, scores), scores.cuda()
+    grow_and_select(policy, on_gpu)  # tables of shapes are made once, and copied
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tree = grow_and_select(policy, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("tokens", "parents", "depths"):
+        assert torch.equal(getattr(tree, name).cpu(), getattr(expected, name))
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import VLMDraft
+from specvlm.drafts.growing import spread
 from specvlm.drafts.heads import HeadConfig, HeadDraft
-from specvlm.drafts.pairs import PairDraft, spread
+from specvlm.drafts.pairs import PairDraft
 from specvlm.policies import History, TreePolicy
 from specvlm.state import Limits, Sampling
 from specvlm.tree import Beam, DraftTree, Growth, Plan, tree_from_lists

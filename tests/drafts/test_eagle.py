@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
-from specvlm.drafts.pairs import spread
+from specvlm.drafts.growing import spread
 from specvlm.policies import Eagle2
 from specvlm.tree import Plan
 from tests.drafts.formula import attention, check_rounds, gated, layer_weights, rms_norm
