@@ -300,7 +300,8 @@ def _accept(
 
 @_accept.register_fake
 def _(logits: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return empty_walk(*logits.shape[:2], logits.device)
+    batch, nodes, _ = logits.shape
+    return empty_walk(batch, nodes, logits.device)
 
 
 def draw(

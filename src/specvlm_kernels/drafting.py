@@ -151,8 +151,8 @@ def _draft_topk(
     exclude: torch.Tensor | None,
     vocabulary: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    temperature = 0.0 if temperature is None else temperature
-    return draft_topk(logits, k, positions, temperature=temperature, seed=seed, exclude=exclude, vocabulary=vocabulary)
+    heat = 0.0 if temperature is None else temperature
+    return draft_topk(logits, k, positions, temperature=heat, seed=seed, exclude=exclude, vocabulary=vocabulary)
 
 
 @_draft_topk.register_fake
@@ -205,8 +205,8 @@ def draft_topk(
         check_tensor("exclude", exclude, ("E",), torch.int64, logits.device)
         check_range("exclude", exclude, 0, size if vocabulary is None else 2**31 - 1)
     if torch.compiler.is_compiling():
-        (temperature, _, _) = as_rows(logits, temperature, 0, 1.0)
-        return _draft_topk(logits, k, positions, temperature, seed, exclude, vocabulary)
+        heat, _, _ = as_rows(logits, temperature, 0, 1.0)
+        return _draft_topk(logits, k, positions, heat, seed, exclude, vocabulary)
     if not kernel:
         return reference.draft_topk(
             logits, k, positions, temperature=temperature, seed=seed, exclude=exclude, vocabulary=vocabulary

@@ -202,7 +202,8 @@ def _accept_ratio(
 
 @_accept_ratio.register_fake
 def _(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return empty_walk(*logits.shape[:2], logits.device)
+    batch, nodes, _ = logits.shape
+    return empty_walk(batch, nodes, logits.device)
 
 
 def accept_ratio(

@@ -163,7 +163,8 @@ def _accept_within(
 @_accept_typical.register_fake
 @_accept_within.register_fake
 def _(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return empty_walk(*logits.shape[:2], logits.device)
+    batch, nodes, _ = logits.shape
+    return empty_walk(batch, nodes, logits.device)
 
 
 def accept_typical(

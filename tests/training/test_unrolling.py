@@ -69,7 +69,7 @@ def unrolled(specvlm: SpecVLM, draft: PairDraft, batch: Batch) -> list[dict[tupl
         lengths = [int(row.nonzero().max()) + 1 for row in batch.answers]
         starts = [int(read.counts[row].nonzero().max()) for row in range(len(lengths))]  # the last pair that counts
         keys = [(row, starts[row] - place) for row, place in zip(level.row.tolist(), level.place.tolist(), strict=True)]
-        found.append(dict(zip(keys, draft.own_logits(level.hidden), strict=True)))
+        found.append(dict(zip(keys, draft.logits(level.hidden), strict=True)))
     return found
 
 
@@ -94,7 +94,7 @@ def test_unrolled_logits_are_those_of_a_chain_in_decoding(specvlm, kind, compres
         hidden = session.append(state.step, state.kv_len)
         for depth in range(LEVELS):
             from_end = length - 2 - root - depth
-            torch.testing.assert_close(session.logits(hidden)[0, 0], by_level[depth][0, from_end], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(draft.logits(hidden)[0, 0], by_level[depth][0, from_end], atol=1e-5, rtol=1e-5)
             seen = torch.tensor([[[(2 << depth) - 1]]])
             beam = Beam(ids[:, root + depth + 1, None], torch.zeros(1, 1, dtype=torch.int64), seen)
             hidden = session.expand(beam, hidden, depth, Plan(LEVELS + 1, LEVELS, 1), state)
