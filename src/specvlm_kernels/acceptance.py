@@ -300,8 +300,7 @@ def _accept(
 
 @_accept.register_fake
 def _(logits: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, nodes, _ = logits.shape
-    return empty_walk(batch, nodes, logits.device)
+    return empty_walk(logits.shape[0], logits.shape[1], logits.device)
 
 
 def draw(

@@ -202,8 +202,7 @@ def _accept_ratio(
 
 @_accept_ratio.register_fake
 def _(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, nodes, _ = logits.shape
-    return empty_walk(batch, nodes, logits.device)
+    return empty_walk(logits.shape[0], logits.shape[1], logits.device)
 
 
 def accept_ratio(

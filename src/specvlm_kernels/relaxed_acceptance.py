@@ -163,8 +163,7 @@ def _accept_within(
 @_accept_typical.register_fake
 @_accept_within.register_fake
 def _(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, nodes, _ = logits.shape
-    return empty_walk(batch, nodes, logits.device)
+    return empty_walk(logits.shape[0], logits.shape[1], logits.device)
 
 
 def accept_typical(
