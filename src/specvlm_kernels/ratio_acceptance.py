@@ -94,6 +94,7 @@ def _ratio_walk_kernel(
     m_node = o_node < nodes
     b_token = tl.load(tokens + first_row + o_node, mask=m_node, other=-1)
     b_parent = tl.load(parents + first_row + o_node, mask=m_node, other=-1)
+    b_place = tl.load(positions + first_row + o_node, mask=m_node, other=0).to(tl.int64) + 1
     m_node = m_node & (b_token >= 0) & (b_token < vocabulary)
     t = setting(temperature, i_b, PER_ROW_T, tl.float32)
     p_target, p_draft = logits + i_b * stride_b, draft_logits + i_b * stride_b_draft
@@ -120,8 +121,8 @@ def _ratio_walk_kernel(
             token = tl.sum(tl.where(o_node == child, b_token, 0), 0).to(tl.int32)
             coin = 0.5
             if SAMPLED:
-                position = tl.load(positions + row).to(tl.int64) + 1
-                coin = uniform(token.to(tl.int64), position, tl.load(seed + i_b), STREAM)
+                place = tl.sum(tl.where(o_node == node, b_place, 0), 0)
+                coin = uniform(token.to(tl.int64), place, tl.load(seed + i_b), STREAM)
             if coin * tl.load(p_source + token) * left < tl.load(p_left + token) * source:
                 taken = child
             else:
@@ -135,14 +136,14 @@ def _ratio_walk_kernel(
         elif left == 0.0:  # only by rounding, where p and q are all but equal: then the draw is from p
             going, looks = 1, 0
 
-    position = tl.load(positions + first_row + node).to(tl.int64) + 1
+    place = tl.sum(tl.where(o_node == node, b_place, 0), 0)
     b_key = tl.full([TILE], LEAST_64, tl.int64)
     for i_first in range(0, vocabulary, TILE):
         o_token = i_first + tl.arange(0, TILE)
         m_token = o_token < vocabulary
         b_z = tl.log(tl.load(p_left + o_token, mask=m_token, other=0.0))
         if SAMPLED:
-            b_z += race_tile(i_first, position, tl.load(seed + i_b), STREAM, TILE)
+            b_z += race_tile(i_first, place, tl.load(seed + i_b), STREAM, TILE)
         b_key = tl.maximum(b_key, tl.where(m_token, pack_key(b_z, o_token), LEAST_64))
     tl.store(path + first_row + o_node, b_path, mask=o_node < nodes)
     tl.store(length + i_b, count)

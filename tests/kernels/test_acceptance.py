@@ -105,9 +105,17 @@ def test_kernel_keeps_exactly_the_top_k_with_ties(device, values, top_k):
     assert kept_by_kernel(device, logits, 1.0, top_k, 1.0)[0, 0].tolist() == expected
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(60, 1.0), (0, 0.9), (300, 0.8)])
-def test_kernel_filters_over_all_tiles_of_a_row(device, top_k, top_p):
-    logits = random_logits(1, 1, 2 * filters.SEARCH_TILE + 77, seed=11)
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "longer_than"),
+    [
+        (60, 1.0, filters.SEARCH_TILE),
+        (60, 1.0, filters.WHOLE_ROW),
+        (0, 0.9, 2 * filters.SEARCH_TILE),
+        (300, 0.8, filters.SEARCH_TILE),
+    ],
+)
+def test_kernel_filters_over_all_tiles_of_a_row(device, top_k, top_p, longer_than):
+    logits = random_logits(1, 1, longer_than + 77, seed=11)
     logits[..., -50:] += 6
     kept = kept_by_kernel(device, logits, 1.0, top_k, top_p)
     for factor in (1 - EDGE, 1 + EDGE):
