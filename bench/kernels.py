@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
+import specvlm_kernels
 from bench.machine import machine
 from specvlm_kernels import (
     accept,
@@ -255,6 +256,57 @@ def bench_draft_topk(nodes: int, k: int, temperature: float) -> Result:
     )
 
 
+def bench_reduced_topk(nodes: int, k: int, ids: int) -> Result:
+    """A draft of every fourth token or so, against the same logits spread over the whole vocabulary."""
+    turns = min(MOST_TURNS, math.ceil(ROTATION_BYTES / (2 * nodes * VOCABULARY)))
+    logits = 3 * torch.randn(turns, 1, nodes, ids, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
+    vocabulary = torch.randperm(VOCABULARY, device="cuda")[:ids].sort().values
+    options: dict[str, Any] = {"temperature": 1.0, "seed": torch.tensor([7], device="cuda")}
+
+    def spread(turn: int) -> torch.Tensor:
+        whole = logits.new_full((1, nodes, VOCABULARY), -math.inf)
+        return whole.index_copy_(-1, vocabulary, logits[turn])
+
+    tokens, scores = draft_topk(logits[0], k, positions, vocabulary=vocabulary, **options)
+    expected = draft_topk(spread(0), k, positions, **options)
+    require(torch.equal(tokens, expected[0]), "draft_topk of a reduced vocabulary proposes other tokens")
+    require(bool((scores - expected[1]).abs().max() <= SCORE_GAP), "draft_topk scores of a reduced vocabulary are off")
+    return Result(
+        "draft_topk",
+        f"{nodes} nodes, k {k}, {ids} of V {VOCABULARY}, temperature 1",
+        2 * nodes * ids + vocabulary.nbytes,
+        timed(lambda i: draft_topk(logits[i], k, positions, vocabulary=vocabulary, **options), turns),
+        timed(lambda i: draft_topk(spread(i), k, positions, **options), turns),
+        "spread, draft_topk",
+    )
+
+
+def bench_other_rules(nodes: int) -> Iterator[Result]:
+    """The acceptance rules beside `accept`, which is their baseline."""
+    turns = min(MOST_TURNS, math.ceil(ROTATION_BYTES / (2 * 2 * nodes * VOCABULARY)))
+    logits, drafts = (
+        3 * torch.randn(turns, 1, nodes, VOCABULARY, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    positions = torch.arange(600, 600 + nodes, dtype=torch.int32, device="cuda")[None]
+    parents, tokens = random_parents(nodes), torch.randint(VOCABULARY, (1, nodes), device="cuda")
+    options: dict[str, Any] = {"temperature": 1.0, "seed": torch.tensor([7], device="cuda")}
+    rest = (tokens, parents, positions)
+    rules: dict[str, tuple[Callable[[Any, int], Any], int]] = {
+        "accept_ratio": (lambda ops, i: ops.accept_ratio(logits[i], drafts[i], *rest, **options), 2),
+        "accept_typical": (lambda ops, i: ops.accept_typical(logits[i], *rest, **options), 1),
+        "accept_within": (lambda ops, i: ops.accept_within(logits[i], *rest, 9, **options), 1),
+    }
+    baseline = timed(lambda i: accept(logits[i], *rest, **options), turns)
+    for name, (call, reads) in rules.items():
+        got, expected = call(specvlm_kernels, 0), call(reference, 0)
+        for part in ("path", "length", "next_token"):
+            require(torch.equal(getattr(got, part), getattr(expected, part)), f"{name} is wrong in {part}")
+        kernel = timed(lambda i, call=call: call(specvlm_kernels, i), turns)
+        shape = f"{nodes} nodes, V {VOCABULARY}, temperature 1"
+        yield Result(name, shape, reads * 2 * nodes * VOCABULARY, kernel, baseline, "accept")
+
+
 def plain_cross_entropy(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     p = teacher_logits.float().softmax(-1)
     return -(p * logits.float().log_softmax(-1)).sum(-1)
@@ -460,6 +512,8 @@ def measurements() -> Iterator[Result]:
             yield from bench_draws(nodes, *settings)
     for temperature in (0.0, 1.0):
         yield bench_draft_topk(8, 8, temperature)
+    yield bench_reduced_topk(8, 8, VOCABULARY // 4)
+    yield from bench_other_rules(64)
     for vocabulary in TAUGHT_VOCABULARIES:
         yield bench_loss("soft_cross_entropy", soft_cross_entropy, plain_cross_entropy, vocabulary)
         yield bench_loss("total_variation", total_variation, plain_variation, vocabulary)
