@@ -92,6 +92,21 @@ def test_kernel_proposes_first_what_draw_draws(device, temperature):
     assert torch.equal(tokens[..., 0], drawn)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 2.0])
+def test_kernel_scores_bf16_as_exactly_as_torch(device, temperature):
+    """At most twice the error of plain torch in the same dtype against float64, and a few roundings."""
+    logits, positions, seed = random_logits(1, 2, 3000, seed=2, dtype=torch.bfloat16), places(1, 2), torch.tensor([4])
+    options = {"temperature": temperature, "seed": seed}
+    tokens, exact = reference.drafting.draft_topk(logits.double(), 8, positions, **options)
+    plain = reference.drafting.draft_topk(logits, 8, positions, **options)[1]
+    moved = {"temperature": temperature, "seed": seed.to(device)}
+    got, scores = draft_topk(logits.to(device), 8, positions.to(device), **moved)
+    assert clear_cut(logits, 8, positions, temperature, seed)
+    assert torch.equal(got.cpu(), tokens)
+    floor = 8 * torch.finfo(torch.float32).eps * (1 + exact.abs().max())
+    assert (scores.cpu() - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor
+
+
 def check_rows_that_are_not_finite(device: str) -> None:
     rows = [[NAN, 1.0, -INF, 1.0], [INF, 0.0, INF, 5.0], [-INF, NAN, -INF, NAN], [2.0, 2.0, 2.0, 2.0]]
     tokens, scores = draft_topk(torch.tensor([rows], device=device), 3, places(1, 4).to(device))
