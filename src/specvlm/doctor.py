@@ -265,7 +265,7 @@ CASES: Final = (
     Case("accept", _accept_arguments),
     Case("accept_ratio", _ratio_arguments),
     Case("accept_typical", _unfiltered_arguments),
-    Case("accept_within", lambda dtype: _unfiltered_arguments(dtype) | {"radius": 40, "ordinal": (3, 1000)}),
+    Case("accept_within", lambda dtype: _unfiltered_arguments(dtype) | {"radius": 600, "ordinal": (3, 1000)}),
     Case(
         "draft_topk",
         lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "k": 10, "positions": _POSITIONS} | _SAMPLING,

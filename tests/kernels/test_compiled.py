@@ -63,7 +63,13 @@ def test_a_reference_is_one_graph(case):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("case", OPAQUE, ids=lambda case: case.op)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.op, marks=() if case.op in ("write_kv", "accept_within") else pytest.mark.slow)
+        for case in OPAQUE
+    ],
+)
 def test_a_kernel_is_one_graph(case):
     check_compiled(case)
 
