@@ -1,7 +1,5 @@
 """Every kernel compiles for GPUs that are not there, spills nothing and fits the shared memory."""
 
-import importlib
-import pkgutil
 import re
 from unittest import mock
 
@@ -9,10 +7,10 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-import specvlm_kernels
 from specvlm_kernels.attention_config import default_config
 from specvlm_kernels.tree_attention import launch_tree_attention
 from tests.kernels.aot import SHARED_LIMIT, Case, cases, compile_case, compiling, meta
+from tests.kernels.watch import package_kernels
 
 pytestmark = pytest.mark.aot
 
@@ -34,9 +32,6 @@ def test_compiles_without_spills(case: Case, architecture: str):
 
 
 def test_the_cases_start_every_kernel():
-    names = [f"specvlm_kernels.{module.name}" for module in pkgutil.iter_modules(specvlm_kernels.__path__)]
-    members = [x for name in names for x in vars(importlib.import_module(name)).values()]
-    kernels = {x.__name__ for x in members if isinstance(x, JITFunction) and x.__name__.endswith("_kernel")}
     started = set()
     with (
         compiling("sm_90"),
@@ -44,7 +39,7 @@ def test_the_cases_start_every_kernel():
     ):
         for case in cases():
             case.launch()
-    assert started == kernels
+    assert started == package_kernels()
 
 
 @pytest.mark.parametrize("head_dim", [72, 128])
