@@ -4,7 +4,8 @@ A launcher gets meta tensors of a model's shapes, on a driver that names an arch
 signature, the constants and what Triton specialises on are the launcher's own, and cannot drift from it. What comes
 back is the binary, whose registers, spills and shared memory are read here.
 
-    python -m tests.kernels.aot [FILE]      prints, or writes, the table of all cases on all architectures
+    python -m tests.kernels.aot [FILE [PATTERN]]      prints, or writes, the table of all cases on all architectures;
+                                                      with a pattern, only cases whose names match are compiled anew
 """
 
 import contextlib
@@ -374,34 +375,62 @@ def _amd_usage(kernel: str, shared: int, assembly: str) -> Usage:
     return Usage(kernel, registers, spills, stack, shared)
 
 
-def table(architectures: list[str]) -> str:
+#: The table in the repository, which the tests hold what they compile against.
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot.md"
+
+#: By case and architecture: what each binary of a launch takes, in the order of the launches.
+Usages = dict[tuple[str, str], list[Usage]]
+
+
+def versions() -> str:
+    """What compiled: another compiler's registers are no regression."""
+    return f"triton {triton.__version__}"
+
+
+def read_table(text: str) -> Usages:
+    """What a table says."""
+    usages: Usages = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[2] in ARCHITECTURES:
+            numbers = [int(cell) for cell in cells[3:]]
+            usages.setdefault((cells[0], cells[2]), []).append(Usage(cells[1].strip("`"), *numbers))
+    return usages
+
+
+def table(usages: Usages) -> str:
     """A Markdown table with a line a binary."""
     lines = [
         "| case | kernel | architecture | registers | spills | stack bytes | shared bytes |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
-    for case in cases():
-        for architecture in architectures:
-            lines += [
-                f"| {case.name} | `{use.kernel}` | {architecture} | {use.registers} | {use.spills} | {use.stack} "
-                f"| {use.shared} |"
-                for use in compile_case(case, architecture)
-            ]
+    for (case, architecture), used in usages.items():
+        for use in used:
+            numbers = f"{use.registers} | {use.spills} | {use.stack} | {use.shared}"
+            lines.append(f"| {case} | `{use.kernel}` | {architecture} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Prints the table, or writes it to the file named on the command line."""
-    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    pattern = sys.argv[2] if len(sys.argv) > 2 else ""
+    known = read_table(file.read_text()) if file and pattern else {}
+    usages: Usages = {}
+    for case in cases():
+        for architecture in ARCHITECTURES:
+            key = case.name, architecture
+            fresh = key not in known or re.search(pattern, case.name)
+            usages[key] = compile_case(case, architecture) if fresh else known[key]
     text = (
         "# Kernels compiled ahead of time\n\n"
-        f"bf16, slab of {CAPACITY} slots, {NODES} nodes where a case does not say otherwise, batch 1; {versions}. "
+        f"bf16, slab of {CAPACITY} slots, {NODES} nodes where a case does not say otherwise, batch 1; {versions()}. "
         "Compiled without a GPU: resources, not speed.\n"
         "Spills: NVIDIA, local-memory instructions in the binary; AMD, spilled vector and scalar registers.\n\n"
-        + table(list(ARCHITECTURES))
+        + table(usages)
     )
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text)
+    if file:
+        file.write_text(text)
     else:
         print(text, end="")
 
