@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from bench.kernels.registry import Call, Case, Place, Problem, UnavailableError, require, require_close
 from specvlm_kernels import pack_ancestors, reference, tree_attention
 from specvlm_kernels.tree_attention import TreeAttentionConfig, count_arrivals, default_config, launch_tree_attention
 
 TREE_SEED, HEAD_DIM = 0, 128
+
+#: Slots that a decoder's slab has behind the prompt (an answer of 256 tokens and the largest tree), and its step.
+ROOM, SLAB_STEP = 384, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def attention_problem(
     other_cuts: bool,
 ) -> Problem:
     batch, longest = len(lengths), max(lengths) + nodes
-    capacity = triton.next_power_of_2(longest)
+    capacity = -(-(max(lengths) + ROOM) // SLAB_STEP) * SLAB_STEP
     layers = place.turns(2 * dtype.itemsize * batch * model.kv_heads * longest * HEAD_DIM)
     slab = place.randn(layers, 2, batch, model.kv_heads, capacity, HEAD_DIM)
     seen = torch.arange(longest, device=place.device) < place.int32(lengths)[:, None] + nodes
@@ -172,6 +174,7 @@ def cuts(capacity: int, model: Model, rows: int, dtype: torch.dtype) -> Iterator
     if capacity <= 4096:
         yield "no split", replace(default, split=capacity, block_n=32)
     yield "half the programs", replace(default, split=2 * default.split)
+    yield "twice the programs", replace(default, split=max(default.block_n, default.split // 128 * 64))
     yield "3 stages", replace(default, num_stages=3)
     other = (64, 4) if default.block_m == 128 else (128, 8)
     yield f"tiles of {other[0]} rows", replace(default, block_m=other[0], num_warps=other[1])

@@ -1,7 +1,8 @@
 """One place that turns a bad tensor into a ValueError naming the argument, what was expected and what came.
 
 Shape, dtype and device are checked on every device. Values are looked at on CPU only: on a GPU that would
-cost a synchronisation, and the kernels clamp what they address by.
+cost a synchronisation, and the kernels clamp what they address by. While `torch.compile` traces there are none yet: the
+operator that it puts in its graph looks at them when it runs.
 """
 
 import math
@@ -55,9 +56,14 @@ def check_tensor(
     return x
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether the values of `x` are looked at."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 def check_range(name: str, x: torch.Tensor, low: int, high: int) -> None:
     """Checks low <= x < high for every element of a CPU tensor; a GPU tensor passes unread."""
-    if x.is_cpu and (count := x.numel()):
+    if readable(x) and (count := x.numel()):
         # A length or two is quicker to look at as numbers.
         values = x.flatten().tolist() if count <= 16 else [int(bound) for bound in x.aminmax()]
         least, most = min(values), max(values)
@@ -83,7 +89,7 @@ def check_grid(name: str, grid: object, tokens: int) -> None:
 
 def check_finite(name: str, x: object) -> None:
     """Checks that `x` is a number, and neither infinite nor NaN."""
-    if not isinstance(x, (int, float)) or not math.isfinite(x):
+    if not isinstance(x, (int, float)) or not -math.inf < x < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {x!r}")
 
 
@@ -106,12 +112,14 @@ def check_rows_contiguous(name: str, x: torch.Tensor) -> None:
 
 def check_parents(parents: torch.Tensor) -> None:
     """Checks -1 <= parents[b, i] < i on a CPU tensor [B, N]; a GPU tensor passes unread."""
-    if parents.is_cpu and parents.shape[1:] != (1,):
+    if not readable(parents):
+        return
+    if parents.shape[1:] != (1,):
         bad = (parents >= torch.arange(parents.shape[1], dtype=torch.int32)) | (parents < -1)
         if bad.any():
             i_b, i = bad.nonzero()[0].tolist()
             raise ValueError(f"parents: expected parents[b, i] in [-1, i), got parents[{i_b}, {i}] = {parents[i_b, i]}")
-    elif parents.is_cpu:  # trees of one node, which autoregressive decoding sends every round
+    else:  # trees of one node, which autoregressive decoding sends every round
         for i_b, (parent,) in enumerate(parents.tolist()):
             if parent != -1:
                 raise ValueError(f"parents: expected parents[b, i] in [-1, i), got parents[{i_b}, 0] = {parent}")
@@ -119,7 +127,7 @@ def check_parents(parents: torch.Tensor) -> None:
 
 def check_path(path: torch.Tensor, length: torch.Tensor) -> None:
     """Checks 1 <= path[b, 0] < path[b, 1] < ... up to length[b] on CPU tensors; GPU tensors pass unread."""
-    if path.is_cpu:
+    if readable(path):
         for nodes, count in zip(path.tolist(), length.tolist(), strict=True):
             taken = nodes[:count]
             if any(low >= high for low, high in zip([0, *taken], taken, strict=False)):
@@ -145,7 +153,7 @@ def check_setting(
     """
     if isinstance(x, torch.Tensor):
         check_tensor(name, x, (batch,), dtype, device)
-        values = x.tolist() if x.device.type == "cpu" else []
+        values = x.tolist() if readable(x) else []
     elif isinstance(x, (int, float)):
         values = [x]
     else:
@@ -171,7 +179,7 @@ def check_sampling(
     if seed is not None:
         check_tensor("seed", seed, (batch,), torch.int64, device)
     elif isinstance(temperature, torch.Tensor):
-        if temperature.device.type != "cpu" or bool((temperature > 0).any()):
+        if not temperature.is_cpu or (readable(temperature) and bool((temperature > 0).any())):
             raise ValueError(f"seed: expected a [{batch}] int64 tensor where temperature may be above 0, got None")
     elif isinstance(temperature, (int, float)) and temperature > 0:
         raise ValueError(f"seed: expected a [{batch}] int64 tensor where temperature may be above 0, got None")

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import check_tensor
+from ._checks import check_tensor, readable
 from ._dispatch import INTERPRETED, compute_capability
 
 FP8 = torch.float8_e4m3fn
@@ -48,7 +48,7 @@ def check_scale(name: str, scale: object, cache: torch.Tensor, batch: int, heads
         raise ValueError(f"{name}: expected a {shapes} tensor for a float8_e4m3fn cache, got None")
     shape = (batch, heads) if isinstance(scale, torch.Tensor) and scale.dim() == 2 else (heads,)
     found = check_tensor(name, scale, shape, torch.float32, cache.device)
-    if found.is_cpu and not bool(((found > 0) & found.isfinite()).all()):
+    if readable(found) and not bool(((found > 0) & found.isfinite()).all()):
         raise ValueError(f"{name}: expected finite numbers above 0, got {found.flatten().tolist()}")
 
 

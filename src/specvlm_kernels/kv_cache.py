@@ -115,6 +115,30 @@ def launch_compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Ten
     )  # fmt: skip
 
 
+@torch.library.custom_op("specvlm_kernels::write_kv", mutates_args=("k_cache", "v_cache"))
+def _write_kv(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    write_kv(k_cache, v_cache, k, v, kv_len, k_scale=k_scale, v_scale=v_scale)
+
+
+@torch.library.custom_op("specvlm_kernels::compact_kv", mutates_args=("cache",))
+def _compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, length: torch.Tensor) -> None:
+    compact_kv(cache, kv_len, path, length)
+
+
+@_write_kv.register_fake
+@_compact_kv.register_fake
+def _(*_: torch.Tensor | None) -> None:
+    return None
+
+
 def write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -156,6 +180,8 @@ def write_kv(
     check_rows_contiguous("k", k)
     check_rows_contiguous("v", v)
     check_range("kv_len", kv_len, 0, capacity + 1)
+    if torch.compiler.is_compiling():
+        return _write_kv(k_cache, v_cache, k, v, kv_len, k_scale, v_scale)
     if not kernel:
         return reference.write_kv(k_cache, v_cache, k, v, kv_len, k_scale=k_scale, v_scale=v_scale)
     k_scale, v_scale = (None if scale is None else scale.contiguous() for scale in (k_scale, v_scale))
@@ -192,6 +218,8 @@ def compact_kv(cache: torch.Tensor, kv_len: torch.Tensor, path: torch.Tensor, le
     check_range("kv_len", kv_len, 0, capacity + 1)
     check_range("length", length, 0, path.shape[1] + 1)
     check_path(path, length)
+    if torch.compiler.is_compiling():
+        return _compact_kv(cache, kv_len, path, length)
     if not kernel:
         return reference.compact_kv(cache, kv_len, path, length)
     with on_device(cache):

@@ -345,6 +345,42 @@ def launch_pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@torch.library.custom_op("specvlm_kernels::pack_ancestors", mutates_args=())
+def _pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
+    return pack_ancestors(parents)
+
+
+@_pack_ancestors.register_fake
+def _(parents: torch.Tensor) -> torch.Tensor:
+    return parents.new_empty((*parents.shape, -(-parents.shape[1] // WORD)), dtype=torch.int64)
+
+
+@torch.library.custom_op("specvlm_kernels::tree_attention", mutates_args=())
+def _tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    ancestors: torch.Tensor,
+    scale: float,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    return_lse: bool,
+) -> list[torch.Tensor]:
+    """The result, and the log-sum-exps where these are wanted."""
+    tensors = q, k_cache, v_cache, kv_len, ancestors
+    if not return_lse:
+        return [tree_attention(*tensors, scale=scale, k_scale=k_scale, v_scale=v_scale)]
+    return [*tree_attention(*tensors, scale=scale, k_scale=k_scale, v_scale=v_scale, return_lse=True)]
+
+
+@_tree_attention.register_fake
+def _(q: torch.Tensor, *arguments: object) -> list[torch.Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return [out, lse] if arguments[-1] else [out]
+
+
 def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     """Packs, for every node of a tree, the nodes on its path to the root into bits.
 
@@ -364,7 +400,10 @@ def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("parents", parents, ("B", "N"), torch.int32)
     check_parents(parents)
-    if not takes_kernel("parents", parents):
+    kernel = takes_kernel("parents", parents)
+    if torch.compiler.is_compiling():
+        return _pack_ancestors(parents)
+    if not kernel:
         return reference.pack_ancestors(parents)
     with on_device(parents):
         return launch_pack_ancestors(parents)
@@ -462,6 +501,9 @@ def tree_attention(
     if scale is None:
         scale = head_dim**-0.5
     check_finite("scale", scale)
+    if torch.compiler.is_compiling():
+        found = _tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale, k_scale, v_scale, return_lse)
+        return (found[0], found[1]) if return_lse else found[0]
     if not kernel:
         return reference.tree_attention(
             q, k_cache, v_cache, kv_len, ancestors,

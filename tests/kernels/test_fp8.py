@@ -209,3 +209,36 @@ def test_writes_into_fp8_refuse_what_is_no_float():
         write_kv(slab[0], slab[1], new, new.half(), start, k_scale=ones, v_scale=ones)
     with pytest.raises(ValueError, match="k_scale: expected None, since the cache is float32"):
         write_kv(new, new.clone(), new, new, start, k_scale=ones)
+
+
+# Inside torch.compile.
+
+
+def check_compiled(device: str) -> None:
+    """A layer's writes and attention over 8 bits, with log-sum-exps: one graph, and the same numbers."""
+    case = case_of([parents_of("random", 6, 0)], [40], (2, 2), 32).to(device)
+    new, ones = torch.randn(1, 2, 6, 32, device=device), torch.full((2,), 0.02, device=device)
+    path, length = (x.to(device) for x in padded([[2, 3]], 6))
+
+    def layer(slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = slab.view(FP8)[0]
+        write_kv(k, v, new, -new, case.kv_len, k_scale=ones, v_scale=ones)
+        out, lse = tree_attention(case.q, k, v, case.kv_len, case.words, k_scale=ones, v_scale=ones, return_lse=True)
+        compact_kv(slab.view(FP8), case.kv_len, path, length)
+        return 2 * out, lse + 1
+
+    torch.compiler.reset()
+    slabs = [torch.arange(2 * 2 * 60 * 32, device=device).remainder(113).to(torch.uint8) for _ in range(2)]
+    slabs = [slab.view(1, 2, 1, 2, 60, 32) for slab in slabs]
+    expected = layer(slabs[0])
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(slabs[1])
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert torch.equal(*slabs)
+
+
+def test_kernels_are_one_graph(device):
+    check_compiled(device)
+
+
+def test_the_reference_is_one_graph():
+    check_compiled("cpu")
