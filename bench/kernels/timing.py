@@ -9,7 +9,8 @@ import triton.language as tl
 
 from bench.kernels.registry import Call, Ceilings, Timing
 
-REPEATS, WARM_UP = 50, 5
+#: Replays before a measurement; how many it is made of, and how long it may take: slow calls are repeated less often.
+WARM_UP, FEWEST, MOST, SECONDS = 3, 7, 50, 0.3
 
 #: Bytes of a copy and the side of a matrix product that show what the device can do.
 COPY_BYTES, SIDE = 1 << 30, 8192
@@ -34,15 +35,24 @@ def timed(call: Call, turns: int) -> Timing:
     with torch.cuda.graph(graph):
         for turn in range(turns):
             call(turn)
-    for _ in range(WARM_UP):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    warm = _replays(graph, WARM_UP)
+    return spread([seconds / turns for seconds in _replays(graph, repeats(warm[-1]))])
+
+
+def _replays(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    """Seconds of each of `count` replays."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return spread([1e-3 * start.elapsed_time(end) / turns for start, end in itertools.pairwise(marks)])
+    return [1e-3 * start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+
+
+def repeats(seconds: float) -> int:
+    """How often what takes `seconds` is measured."""
+    return int(max(FEWEST, min(MOST, SECONDS / seconds)))
 
 
 def spread(seconds: list[float]) -> Timing:

@@ -27,7 +27,7 @@ from bench.kernels.registry import (
     require,
 )
 from bench.kernels.targets import TARGETS, Standing, Verdict, standings
-from bench.kernels.timing import spread
+from bench.kernels.timing import repeats, spread
 
 LIMITS = Ceilings(bandwidth=1e12, rate=1e15, launch=1e-6)
 TINY, TINY_GROUPED = Model("tiny", 2, 2), Model("grouped", 4, 2)
@@ -165,6 +165,10 @@ def test_walking_through_memory_takes_two_turns_at_least():
 
 def test_the_spread_is_a_median_with_its_neighbours():
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == Timing(3.0, pytest.approx(1.4), pytest.approx(4.6))
+
+
+def test_what_is_slow_is_repeated_less_often():
+    assert [repeats(seconds) for seconds in (1e-4, 0.01, 0.02, 0.1, 3.0)] == [50, 30, 15, 7, 7]
 
 
 # Targets.
