@@ -38,7 +38,6 @@ from ._checks import (
     KERNEL_FLOATS,
     check_finite,
     check_forward_only,
-    check_parents,
     check_range,
     check_rows_contiguous,
     check_tensor,
@@ -51,11 +50,7 @@ from .fp8 import FP8, as_bytes, check_scale, decode, is_native, load_scale, scal
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
-#: Ancestor bits in a word.
-WORD = 64
-
-#: Rows that one program of `pack_ancestors`, and of the merge, handles.
-PACK_ROWS = 128
+#: Rows that one program of the merge handles.
 MERGE_ROWS = 4
 
 #: Head sizes, from and to.
@@ -244,25 +239,6 @@ def _tree_attention_merge_kernel(
     _store_rows(out, lse, i_b * rows + o_r, o_r < rows, b_out, b_lse, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["nodes", "words"])
-def _pack_ancestors_kernel(parents, out, nodes, words, BLOCK_N: tl.constexpr):
-    i_word, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < nodes
-
-    # All rows climb together; a row that has passed its root stays at -1.
-    b_node = tl.where(m_n, o_n, -1)
-    b_bits = tl.zeros([BLOCK_N], tl.uint64)
-    while tl.max(b_node, 0) >= 0:
-        b_bit = tl.full([BLOCK_N], 1, tl.uint64) << (b_node & 63).to(tl.uint64)
-        b_bits |= tl.where((b_node >= 0) & (b_node // 64 == i_word), b_bit, 0)
-        b_parent = tl.load(parents + i_b * nodes + b_node, mask=b_node >= 0, other=-1)
-        # Strictly down, whatever came: it ends, and reads inside the row.
-        b_node = tl.where(b_parent < b_node, tl.maximum(b_parent, -1), -1)
-
-    tl.store(out + (i_b * nodes + o_n) * words + i_word, b_bits.to(tl.int64, bitcast=True), mask=m_n)
-
-
 def _strides(x: torch.Tensor) -> list[int]:
     """Strides but the last. That of an axis of one is free, and set as in a dense tensor: one is no case of its own."""
     return [x.stride(i) if x.shape[i] > 1 else x.shape[i + 1 :].numel() for i in range(x.dim() - 1)]
@@ -334,27 +310,6 @@ def count_arrivals(q: torch.Tensor, kv_heads: int, config: TreeAttentionConfig) 
     return batch * kv_heads * triton.cdiv(queries * (heads // kv_heads), config.block_m)
 
 
-def launch_pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    """Runs the kernel; arguments as in `pack_ancestors`, already checked."""
-    batch, nodes = parents.shape
-    words = triton.cdiv(nodes, WORD)
-    out = torch.empty((batch, nodes, words), dtype=torch.int64, device=parents.device)
-    if out.numel():
-        grid = (triton.cdiv(nodes, PACK_ROWS), words, batch)
-        _pack_ancestors_kernel[grid](parents.contiguous(), out, nodes, words, BLOCK_N=PACK_ROWS, num_warps=4)
-    return out
-
-
-@torch.library.custom_op("specvlm_kernels::pack_ancestors", mutates_args=())
-def _pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    return pack_ancestors(parents)
-
-
-@_pack_ancestors.register_fake
-def _(parents: torch.Tensor) -> torch.Tensor:
-    return parents.new_empty((*parents.shape, -(-parents.shape[1] // WORD)), dtype=torch.int64)
-
-
 @torch.library.custom_op("specvlm_kernels::tree_attention", mutates_args=())
 def _tree_attention(
     q: torch.Tensor,
@@ -379,34 +334,6 @@ def _(q: torch.Tensor, *arguments: object) -> list[torch.Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return [out, lse] if arguments[-1] else [out]
-
-
-def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    """Packs, for every node of a tree, the nodes on its path to the root into bits.
-
-    Args:
-        parents: [B, N] int32; parents[b, i] < i, and -1 where a node has no parent.
-
-    Returns:
-        [B, N, W] int64, W = ceil(N / 64). Bit j % 64 of word j // 64 of row i: node j is node i or above it. Bit 63 is
-        the sign. A row without a parent holds its own bit alone.
-
-    Raises:
-        ValueError: a wrong shape or dtype; on CPU also a parent outside [-1, i). On a GPU such a parent ends the path.
-
-    Example:
-        >>> pack_ancestors(torch.tensor([[-1, 0, 0, 2]], dtype=torch.int32))[0, :, 0].tolist()
-        [1, 3, 5, 13]
-    """
-    check_tensor("parents", parents, ("B", "N"), torch.int32)
-    check_parents(parents)
-    kernel = takes_kernel("parents", parents)
-    if torch.compiler.is_compiling():
-        return _pack_ancestors(parents)
-    if not kernel:
-        return reference.pack_ancestors(parents)
-    with on_device(parents):
-        return launch_pack_ancestors(parents)
 
 
 @overload

@@ -27,6 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.ancestors import launch_pack_ancestors
 from specvlm_kernels.attention_config import TreeAttentionConfig, default_config
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
@@ -41,7 +42,7 @@ from specvlm_kernels.token_pooling import (
 )
 from specvlm_kernels.token_pruning import launch_prune_tokens, launch_prune_tokens_backward
 from specvlm_kernels.token_resampling import launch_resample_tokens, launch_resample_tokens_backward
-from specvlm_kernels.tree_attention import launch_pack_ancestors, launch_tree_attention
+from specvlm_kernels.tree_attention import launch_tree_attention
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),

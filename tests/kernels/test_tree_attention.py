@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specvlm_kernels import pack_ancestors, reference, tree_attention
+from specvlm_kernels.ancestors import _pack_ancestors_kernel, launch_pack_ancestors
 from specvlm_kernels.tree_attention import (
     TreeAttentionConfig,
-    _pack_ancestors_kernel,
     _tree_attention_kernel,
     _tree_attention_merge_kernel,
     default_config,
-    launch_pack_ancestors,
     launch_tree_attention,
 )
 from tests.kernels.trees import parents_of, trees
