@@ -39,9 +39,9 @@ style: setup
 bench: setup
 	$(BIN)/python -m bench.compare
 
+STAGE ?= kernels
 gpu-check:
-	PYTHONPATH=src:. python3 -m pytest -m gpu
-	PYTHONPATH=src:. python3 -m bench.kernels
+	PYTHONPATH=src:. python3 -m bench.gpu_check $(STAGE)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

@@ -1,12 +1,12 @@
 """What a benchmark's figures were measured on."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
 from typing import Any
 
 import torch
-import transformers
 import triton
 
 
@@ -21,9 +21,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None: not installed, and kernels need it not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -12,7 +12,8 @@ from specvlm.tree import Plan
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
 
 LAUNCHERS = {
-    "tree_attention": ("launch_tree_attention", "launch_pack_ancestors"),
+    "ancestors": ("launch_pack_ancestors",),
+    "tree_attention": ("launch_tree_attention",),
     "kv_cache": ("launch_write_kv", "launch_compact_kv"),
     "acceptance": ("launch_draw", "launch_walk"),
     "drafting": ("launch_draft_topk",),

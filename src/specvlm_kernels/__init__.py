@@ -5,6 +5,7 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 """
 
 from .acceptance import Accepted, accept, draw
+from .ancestors import pack_ancestors
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
@@ -13,7 +14,7 @@ from .relaxed_acceptance import accept_typical, accept_within
 from .token_pooling import conv_tokens, pool_tokens
 from .token_pruning import prune_tokens
 from .token_resampling import resample_tokens
-from .tree_attention import pack_ancestors, tree_attention
+from .tree_attention import tree_attention
 
 __all__ = [
     "Accepted",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.driver import driver
 
 #: Read once, as Triton itself does when a kernel is decorated.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -33,6 +34,17 @@ def takes_kernel(name: str, x: torch.Tensor) -> bool:
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the GPU that holds `x` the current one, which is where Triton launches."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def compute_capability() -> int:
+    """Ten times the major plus the minor number of the current GPU's compute capability; 0 where it is not NVIDIA's."""
+    return 0 if INTERPRETED else _compute_capability(driver.active.get_current_device())
+
+
+@functools.cache  # asking costs microseconds, in every layer
+def _compute_capability(device: object) -> int:
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
 
 
 def kernel_operator(name: str, launch: Callable[..., Any]) -> torch.library.CustomOpDef:

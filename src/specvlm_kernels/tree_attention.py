@@ -11,19 +11,22 @@ two neighbouring words, where words before the tree count as all ones and words 
 shift, and the prefix's last slots need no case of their own.
 
 The flash-decoding split: a program takes `split` keys of one KV head, computes a softmax of its own, and
-leaves a normalised row and the log2 of its sum; a second kernel weighs the parts with `2^(lse - max lse)`. All
-query heads that share a KV head lie in one tile (row = node * group + head), so a key is read once for `BLOCK_M` rows.
-Partials are fp32, 4 * (D + 1) bytes a row and split: they stay in L2. One split means no partials and no second kernel.
+leaves a normalised row and the log2 of its sum; a second kernel weighs the parts with `2^(lse - max lse)`, or the last
+program to be done does (see `TreeAttentionConfig`). Programs whose keys nobody stored return at once, and what merges
+looks at none of them. All query heads that share a KV head lie in one tile (row = node * group + head), so a key is
+read once for `BLOCK_M` rows. Partials are fp32, 4 * (D + 1) bytes a row and split: they stay in L2. One split means no
+partials and no second kernel. Tensor cores take 64 rows at a time whether they exist or not: for few rows that costs
+nothing while the keys are still on their way, and a lower tile would round otherwise than a full one.
 
 **A row's bits do not depend on its company.** Split and tile borders follow from the slab's capacity, a model's head
-count and absolute slots alone, and a tile has `BLOCK_M` rows whatever Q is. Nor does Triton compile anew for another
-company: Q, the words a row and q's strides are arguments that nothing is specialised on, kv_len and ancestors are not
-specialised on their alignment. Given dense rows and one slab, the same machine code computes a row alone, among 128, or
-in another batch.
+count and absolute slots alone. Nor does Triton compile anew for another company: Q, the words a row and q's strides are
+arguments that nothing is specialised on, kv_len and ancestors are not specialised on their alignment. Given dense rows
+and one slab, the same machine code computes a row alone, among 64, or in another batch. Where more rows take a taller
+tile (see `default_config`), the floating-point instructions that a row goes through are the same, in the same order.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import triton
@@ -35,69 +38,23 @@ from ._checks import (
     KERNEL_FLOATS,
     check_finite,
     check_forward_only,
-    check_parents,
     check_range,
     check_rows_contiguous,
     check_tensor,
 )
 from ._dispatch import on_device, takes_kernel
+from .attention_config import TreeAttentionConfig, default_config
+from .fp8 import FP8, as_bytes, check_scale, decode, is_native, load_scale, scale_stride
 
 #: exp(x) = 2^(x * LOG2_E): the kernels keep scores and sums in base 2, which is what the hardware computes.
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
 
-#: Ancestor bits in a word.
-WORD = 64
-
-#: Programs of a full slab: a half-full one still has about two for each of 132 multiprocessors.
-TARGET_PROGRAMS = 512
-
-#: Fewer keys than this in a split cost more in partials than the split gains.
-SMALLEST_SPLIT = 128
-
-#: Rows that one program of `pack_ancestors`, and of the merge, handles.
-PACK_ROWS = 128
+#: Rows that one program of the merge handles.
 MERGE_ROWS = 4
 
 #: Head sizes, from and to.
 HEAD_DIMS = (32, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class TreeAttentionConfig:
-    """How `tree_attention` is cut into programs; see `default_config`.
-
-    Attributes:
-        split: keys a program, a multiple of `block_n`.
-        block_m: rows (nodes times heads of a group) a program.
-        block_n: keys a tile, at most 64: a tile's bits of a row fit one word.
-        num_warps: warps a program.
-        num_stages: tiles in flight in the prefix loop.
-    """
-
-    split: int
-    block_m: int = 64
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def __post_init__(self) -> None:
-        if self.block_n not in (16, 32, 64):
-            raise ValueError(f"block_n: expected 16, 32 or 64, got {self.block_n}")
-        if self.block_m < 16 or self.block_m & (self.block_m - 1):
-            raise ValueError(f"block_m: expected a power of two of at least 16, got {self.block_m}")
-        if self.split <= 0 or self.split % self.block_n:
-            raise ValueError(f"split: expected a positive multiple of block_n = {self.block_n}, got {self.split}")
-
-
-def default_config(capacity: int, kv_heads: int, dtype: torch.dtype) -> TreeAttentionConfig:
-    """The cut for a slab: a function of what stays the same for a whole answer, so that rows stay the same too."""
-    splits = triton.cdiv(TARGET_PROGRAMS, kv_heads)
-    split = max(SMALLEST_SPLIT, triton.cdiv(triton.cdiv(capacity, splits), WORD) * WORD)
-    if dtype == torch.float32:  # full fp32 has no tensor cores: products run from registers, and larger tiles spill
-        return TreeAttentionConfig(split=split, block_m=16, block_n=16, num_warps=8)
-    if capacity <= split:  # rows leave in their own dtype, by 64-bit addresses: with tiles of 64 keys sm_80 spills
-        return TreeAttentionConfig(split=split, block_n=32)
-    return TreeAttentionConfig(split=split)
 
 
 @triton.jit
@@ -128,9 +85,9 @@ def _unpack(b_bits, o_n):
 
 
 @triton.jit
-def _load_tile(p_slab, start, stride, m_slot, MASKED: tl.constexpr, D: tl.constexpr,
+def _load_tile(p_slab, start, stride, m_slot, dtype: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr,
                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, BLOCK_D] of one head's keys or values from slot `start` on; `m_slot` is looked at where MASKED."""
+    """[BLOCK_N, BLOCK_D] of one head's keys or values from slot `start` on, in `dtype`; `m_slot`: see MASKED."""
     o_slot, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
     p_tile = p_slab + o_slot.to(tl.int64)[:, None] * stride + o_d
     if MASKED:
@@ -139,7 +96,7 @@ def _load_tile(p_slab, start, stride, m_slot, MASKED: tl.constexpr, D: tl.conste
         b_tile = tl.load(p_tile)
     else:
         b_tile = tl.load(p_tile, mask=o_d < D, other=0.0)
-    return b_tile
+    return decode(b_tile, dtype)
 
 
 @triton.jit
@@ -158,15 +115,49 @@ def _attend(b_q, b_k, b_v, b_max, b_sum, b_out, scale_log2, m_seen, MASKED: tl.c
     return b_new, b_sum, b_out
 
 
+@triton.jit
+def _merge(part, part_lse, o_row, m_row, used, splits, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `o_row` of the first `used` splits, weighed: their result [ROWS, BLOCK_D] and the log2 of their sums."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_rd = m_row[:, None] & (o_d < D)[None, :]
+    b_max = tl.full([ROWS], -float("inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i_split in range(used):
+        o_part = o_row.to(tl.int64) * splits + i_split
+        # Past the first-level cache: another multiprocessor may just have written them.
+        b_lse = tl.load(part_lse + o_part, mask=m_row, other=-float("inf"), cache_modifier=".cg")
+        b_part = tl.load(part + o_part[:, None] * D + o_d[None, :], mask=m_rd, other=0.0, cache_modifier=".cg")
+        b_new = tl.maximum(b_max, b_lse)
+        b_base = tl.where(b_new == -float("inf"), 0.0, b_new)
+        b_shrink, b_weight = tl.exp2(b_max - b_base), tl.exp2(b_lse - b_base)
+        b_sum = b_sum * b_shrink + b_weight
+        b_out = b_out * b_shrink[:, None] + b_weight[:, None] * b_part
+        b_max = b_new
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    return b_out / b_sum[:, None], b_max + tl.log2(b_sum)
+
+
+@triton.jit
+def _store_rows(out, lse, o_row, m_row, b_out, b_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A result, and the natural logarithms of its sums where these are asked for."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_rd = m_row[:, None] & (o_d < D)[None, :]
+    tl.store(out + o_row[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_rd)
+    if lse is not None:
+        tl.store(lse + o_row, b_lse * LN_2, mask=m_row)
+
+
 @triton.jit(
     do_not_specialize=["queries", "kv_heads", "words", "capacity", "splits", "stride_qb", "stride_qn", "stride_qh"],
-    do_not_specialize_on_alignment=["kv_len", "ancestors"],
+    do_not_specialize_on_alignment=["kv_len", "ancestors", "k_scale", "v_scale", "lse"],
 )
 def _tree_attention_kernel(
-    q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale_log2,
+    q, k_cache, v_cache, kv_len, ancestors, k_scale, v_scale, out, lse, part, part_lse, arrivals, scale_log2,
     queries, kv_heads, words, capacity, splits, split,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     GROUP: tl.constexpr, D: tl.constexpr, Q_UNIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    K_SCALE_STRIDE: tl.constexpr, V_SCALE_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_split = tl.program_id(0), tl.program_id(1) // kv_heads
@@ -190,6 +181,8 @@ def _tree_attention_kernel(
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
     p_k = k_cache + i_b * stride_kb + i_head.to(tl.int64) * stride_kh
     p_v = v_cache + i_b * stride_vb + i_head.to(tl.int64) * stride_vh
+    scale_log2 *= load_scale(k_scale, i_b, i_head, K_SCALE_STRIDE)
+    dtype: tl.constexpr = q.dtype.element_ty
 
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -197,8 +190,8 @@ def _tree_attention_kernel(
 
     whole = tl.maximum(first, tl.minimum(last, n // BLOCK_N * BLOCK_N))  # before it: tiles of prefix only
     for start in tl.range(first, whole, BLOCK_N, num_stages=STAGES):
-        b_k = _load_tile(p_k, start, stride_ks, None, False, D, BLOCK_N, BLOCK_D)
-        b_v = _load_tile(p_v, start, stride_vs, None, False, D, BLOCK_N, BLOCK_D)
+        b_k = _load_tile(p_k, start, stride_ks, None, dtype, False, D, BLOCK_N, BLOCK_D)
+        b_v = _load_tile(p_v, start, stride_vs, None, dtype, False, D, BLOCK_N, BLOCK_D)
         b_max, b_sum, b_out = _attend(b_q, b_k, b_v, b_max, b_sum, b_out, scale_log2, None, False)
 
     p_words = ancestors + i_b * queries * words
@@ -206,73 +199,44 @@ def _tree_attention_kernel(
         b_bits = _tile_bits(p_words, i_node, m_row, words, start - n, capacity - start)
         # A slot that no row names may hold anything, NaN too, and 0 * NaN is NaN: it is not read.
         m_slot = _unpack(tl.reduce_or(b_bits, 0), o_n)
-        b_k = _load_tile(p_k, start, stride_ks, m_slot, True, D, BLOCK_N, BLOCK_D)
-        b_v = _load_tile(p_v, start, stride_vs, m_slot, True, D, BLOCK_N, BLOCK_D)
+        b_k = _load_tile(p_k, start, stride_ks, m_slot, dtype, True, D, BLOCK_N, BLOCK_D)
+        b_v = _load_tile(p_v, start, stride_vs, m_slot, dtype, True, D, BLOCK_N, BLOCK_D)
         m_seen = _unpack(b_bits[:, None], o_n[None, :])
         b_max, b_sum, b_out = _attend(b_q, b_k, b_v, b_max, b_sum, b_out, scale_log2, m_seen, True)
 
     # A row that saw nothing leaves zeros and, its maximum being -inf, the weight 2^-inf.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_out / b_sum[:, None]
+    b_out = b_out / b_sum[:, None] * load_scale(v_scale, i_b, i_head, V_SCALE_STRIDE)
+    b_lse = b_max + tl.log2(b_sum)
     o_out = (i_b * queries + i_node) * (kv_heads * GROUP) + i_q_head
     if ONE_SPLIT:
-        m_out = m_row[:, None] & m_d[None, :]
-        tl.store(out + o_out[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
+        _store_rows(out, lse, o_out, m_row, b_out, b_lse, D, BLOCK_D)
     else:
         o_part = o_out * splits + i_split
-        tl.store(part_lse + o_part, b_max + tl.log2(b_sum), mask=m_row)
+        tl.store(part_lse + o_part, b_lse, mask=m_row)
         tl.store(part + o_part[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & m_d[None, :])
+        if arrivals is not None:
+            # All of the program's partials are written before it says so, and the last to say so reads everybody's.
+            tl.debug_barrier()
+            used = tl.maximum(tl.cdiv(tl.minimum(n + words * 64, capacity), split), 1)
+            p_arrived = arrivals + (i_b * kv_heads + i_head) * tl.num_programs(0) + i_tile
+            if tl.atomic_add(p_arrived, 1, sem="acq_rel") == used - 1:
+                tl.store(p_arrived, 0)
+                b_out, b_lse = _merge(part, part_lse, o_out, m_row, used, splits, D, BLOCK_M, BLOCK_D)
+                _store_rows(out, lse, o_out, m_row, b_out, b_lse, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["rows", "words", "capacity", "splits"], do_not_specialize_on_alignment=["kv_len"])
+@triton.jit(do_not_specialize=["rows", "words", "capacity", "splits"], do_not_specialize_on_alignment=["kv_len", "lse"])
 def _tree_attention_merge_kernel(
-    part, part_lse, kv_len, out, rows, words, capacity, splits, split,
+    part, part_lse, kv_len, out, lse, rows, words, capacity, splits, split,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(1).to(tl.int64)
     n = tl.minimum(tl.maximum(tl.load(kv_len + i_b), 0), capacity)
     used = tl.cdiv(tl.minimum(n + words * 64, capacity), split)  # later splits wrote nothing
-
-    o_r, o_d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    m_r = o_r < rows
-    m_rd = m_r[:, None] & (o_d < D)[None, :]
-    o_row = i_b * rows + o_r
-
-    b_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_R], tl.float32)
-    b_out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i_split in range(used):
-        o_part = o_row * splits + i_split
-        b_lse = tl.load(part_lse + o_part, mask=m_r, other=-float("inf"))
-        b_part = tl.load(part + o_part[:, None] * D + o_d[None, :], mask=m_rd, other=0.0)
-        b_new = tl.maximum(b_max, b_lse)
-        b_base = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_shrink, b_weight = tl.exp2(b_max - b_base), tl.exp2(b_lse - b_base)
-        b_sum = b_sum * b_shrink + b_weight
-        b_out = b_out * b_shrink[:, None] + b_weight[:, None] * b_part
-        b_max = b_new
-
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    tl.store(out + o_row[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_rd)
-
-
-@triton.jit(do_not_specialize=["nodes", "words"])
-def _pack_ancestors_kernel(parents, out, nodes, words, BLOCK_N: tl.constexpr):
-    i_word, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < nodes
-
-    # All rows climb together; a row that has passed its root stays at -1.
-    b_node = tl.where(m_n, o_n, -1)
-    b_bits = tl.zeros([BLOCK_N], tl.uint64)
-    while tl.max(b_node, 0) >= 0:
-        b_bit = tl.full([BLOCK_N], 1, tl.uint64) << (b_node & 63).to(tl.uint64)
-        b_bits |= tl.where((b_node >= 0) & (b_node // 64 == i_word), b_bit, 0)
-        b_parent = tl.load(parents + i_b * nodes + b_node, mask=b_node >= 0, other=-1)
-        # Strictly down, whatever came: it ends, and reads inside the row.
-        b_node = tl.where(b_parent < b_node, tl.maximum(b_parent, -1), -1)
-
-    tl.store(out + (i_b * nodes + o_n) * words + i_word, b_bits.to(tl.int64, bitcast=True), mask=m_n)
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_out, b_lse = _merge(part, part_lse, i_b * rows + o_r, o_r < rows, used, splits, D, BLOCK_R, BLOCK_D)
+    _store_rows(out, lse, i_b * rows + o_r, o_r < rows, b_out, b_lse, D, BLOCK_D)
 
 
 def _strides(x: torch.Tensor) -> list[int]:
@@ -288,8 +252,19 @@ def launch_tree_attention(
     ancestors: torch.Tensor,
     scale: float,
     config: TreeAttentionConfig,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs the kernels with an explicit cut; arguments as in `tree_attention`, already checked."""
+    """Runs the kernels with an explicit cut; arguments as in `tree_attention`, already checked.
+
+    Args:
+        lse: [B, Q, Hq] float32, filled with each row's log-sum-exp; None: it is not wanted.
+        arrivals: where the last arriver merges: int32 zeros, as many as `count_arrivals` says, and zeros again after
+            the call, for one stream at a time. None: made for this call, which costs a fill.
+    """
     batch, queries, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -301,46 +276,38 @@ def launch_tree_attention(
     part_shape = (0,) if one_split else (batch, queries, heads, splits, head_dim)
     part = torch.empty(part_shape, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part_shape[:-1], dtype=torch.float32, device=q.device)
+    if one_split or not config.last_merges:
+        arrivals = None
+    elif arrivals is None:
+        arrivals = torch.zeros(count_arrivals(q, kv_heads, config), dtype=torch.int32, device=q.device)
+    if k_cache.dtype == FP8 and not is_native():
+        k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     block_d = triton.next_power_of_2(head_dim)
     q_strides = _strides(q)
     q_unit = math.gcd(16, head_dim, *q_strides)
     grid = (triton.cdiv(queries * group, config.block_m), kv_heads * splits, batch)
     _tree_attention_kernel[grid](
-        q, k_cache, v_cache, kv_len, ancestors, out, part, part_lse, scale * LOG2_E,
+        q, k_cache, v_cache, kv_len, ancestors, k_scale, v_scale, out, lse, part, part_lse, arrivals, scale * LOG2_E,
         queries, kv_heads, words, capacity, splits, config.split,
         *(stride // q_unit for stride in q_strides), *_strides(k_cache), *_strides(v_cache),
         GROUP=group, D=head_dim, Q_UNIT=q_unit, ONE_SPLIT=one_split,
+        K_SCALE_STRIDE=scale_stride(k_scale), V_SCALE_STRIDE=scale_stride(v_scale),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
-    if not one_split:
+    if not one_split and not config.last_merges:
         rows = queries * heads
         _tree_attention_merge_kernel[(triton.cdiv(rows, MERGE_ROWS), batch)](
-            part, part_lse, kv_len, out, rows, words, capacity, splits, config.split,
+            part, part_lse, kv_len, out, lse, rows, words, capacity, splits, config.split,
             D=head_dim, BLOCK_R=MERGE_ROWS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out
 
 
-def launch_pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    """Runs the kernel; arguments as in `pack_ancestors`, already checked."""
-    batch, nodes = parents.shape
-    words = triton.cdiv(nodes, WORD)
-    out = torch.empty((batch, nodes, words), dtype=torch.int64, device=parents.device)
-    if out.numel():
-        grid = (triton.cdiv(nodes, PACK_ROWS), words, batch)
-        _pack_ancestors_kernel[grid](parents.contiguous(), out, nodes, words, BLOCK_N=PACK_ROWS, num_warps=4)
-    return out
-
-
-@torch.library.custom_op("specvlm_kernels::pack_ancestors", mutates_args=())
-def _pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    return pack_ancestors(parents)
-
-
-@_pack_ancestors.register_fake
-def _(parents: torch.Tensor) -> torch.Tensor:
-    return parents.new_empty((*parents.shape, -(-parents.shape[1] // WORD)), dtype=torch.int64)
+def count_arrivals(q: torch.Tensor, kv_heads: int, config: TreeAttentionConfig) -> int:
+    """How many counters the programs of a call with q [B, Q, Hq, D] need, where the last arriver merges."""
+    batch, queries, heads, _ = q.shape
+    return batch * kv_heads * triton.cdiv(queries * (heads // kv_heads), config.block_m)
 
 
 @torch.library.custom_op("specvlm_kernels::tree_attention", mutates_args=())
@@ -351,43 +318,25 @@ def _tree_attention(
     kv_len: torch.Tensor,
     ancestors: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
-    return tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    return_lse: bool,
+) -> list[torch.Tensor]:
+    """The result, and the log-sum-exps where these are wanted."""
+    tensors = q, k_cache, v_cache, kv_len, ancestors
+    if not return_lse:
+        return [tree_attention(*tensors, scale=scale, k_scale=k_scale, v_scale=v_scale)]
+    return [*tree_attention(*tensors, scale=scale, k_scale=k_scale, v_scale=v_scale, return_lse=True)]
 
 
 @_tree_attention.register_fake
-def _(q: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q: torch.Tensor, *arguments: object) -> list[torch.Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return [out, lse] if arguments[-1] else [out]
 
 
-def pack_ancestors(parents: torch.Tensor) -> torch.Tensor:
-    """Packs, for every node of a tree, the nodes on its path to the root into bits.
-
-    Args:
-        parents: [B, N] int32; parents[b, i] < i, and -1 where a node has no parent.
-
-    Returns:
-        [B, N, W] int64, W = ceil(N / 64). Bit j % 64 of word j // 64 of row i: node j is node i or above it. Bit 63 is
-        the sign. A row without a parent holds its own bit alone.
-
-    Raises:
-        ValueError: a wrong shape or dtype; on CPU also a parent outside [-1, i). On a GPU such a parent ends the path.
-
-    Example:
-        >>> pack_ancestors(torch.tensor([[-1, 0, 0, 2]], dtype=torch.int32))[0, :, 0].tolist()
-        [1, 3, 5, 13]
-    """
-    check_tensor("parents", parents, ("B", "N"), torch.int32)
-    check_parents(parents)
-    kernel = takes_kernel("parents", parents)
-    if torch.compiler.is_compiling():
-        return _pack_ancestors(parents)
-    if not kernel:
-        return reference.pack_ancestors(parents)
-    with on_device(parents):
-        return launch_pack_ancestors(parents)
-
-
+@overload
 def tree_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -396,7 +345,35 @@ def tree_attention(
     ancestors: torch.Tensor,
     *,
     scale: float | None = None,
-) -> torch.Tensor:
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    ancestors: torch.Tensor,
+    *,
+    scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    ancestors: torch.Tensor,
+    *,
+    scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attends every node to the cached prefix and to its own ancestors in the tree.
 
     A row sees the slots before kv_len and slot kv_len + j for every bit j that it names. Verifying, Q is the tree's
@@ -406,13 +383,19 @@ def tree_attention(
     Args:
         q: [B, Q, Hq, D], D from 32 to 128; fp32, fp16 or bf16 (on CPU fp64 too). Any strides with a contiguous last
             axis.
-        k_cache, v_cache: [B, Hkv, S, D], dtype of q, Hkv a divisor of Hq. Strides as for q.
+        k_cache, v_cache: [B, Hkv, S, D], dtype of q or both float8_e4m3fn, Hkv a divisor of Hq. Strides as for q.
         kv_len: [B] int32, stored slots, in [0, S].
         ancestors: [B, Q, W] int64 as `pack_ancestors` makes them.
         scale: of the scores, a finite number; None: D ** -0.5.
+        k_scale, v_scale: [Hkv] or [B, Hkv] float32, above 0: what stored float8 keys and values are multiplied by
+            (`write_kv` divides by it). Given if and only if the caches are float8.
+        return_lse: whether to return the log-sum-exp too.
 
     Returns:
-        [B, Q, Hq, D], contiguous, dtype of q. A row that sees no slot at all is zero.
+        [B, Q, Hq, D], contiguous, dtype of q. A row that sees no slot at all is zero. With return_lse, a pair: that,
+        and `log(sum_s exp(scale * q . k_s))` over the slots that a row sees, [B, Q, Hq] float32 (of fp64: fp64), -inf
+        where it sees none. Two results over disjoint slots are merged by `w = sigmoid(lse_a - lse_b)`,
+        `w * a + (1 - w) * b`.
 
     Raises:
         ValueError: a wrong shape, dtype, device, stride or scale; on CPU also kv_len outside [0, S]. The kernel is
@@ -427,8 +410,8 @@ def tree_attention(
         check_tensor("q", q, q.shape, KERNEL_FLOATS)
     batch, queries, heads, head_dim = q.shape
     device = q.device
-    check_tensor("k_cache", k_cache, (batch, "Hkv", "S", head_dim), q.dtype, device)
-    check_tensor("v_cache", v_cache, tuple(k_cache.shape), q.dtype, device)
+    check_tensor("k_cache", k_cache, (batch, "Hkv", "S", head_dim), (q.dtype, FP8), device)
+    check_tensor("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, device)
     check_tensor("kv_len", kv_len, (batch,), torch.int32, device)
     check_tensor("ancestors", ancestors, (batch, queries, "W"), torch.int64, device)
     kv_heads, capacity = k_cache.shape[1:3]
@@ -439,15 +422,28 @@ def tree_attention(
     check_rows_contiguous("q", q)
     check_rows_contiguous("k_cache", k_cache)
     check_rows_contiguous("v_cache", v_cache)
+    check_scale("k_scale", k_scale, k_cache, batch, kv_heads)
+    check_scale("v_scale", v_scale, v_cache, batch, kv_heads)
     check_range("kv_len", kv_len, 0, capacity + 1)
     if scale is None:
         scale = head_dim**-0.5
     check_finite("scale", scale)
     if torch.compiler.is_compiling():
-        return _tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale)
+        found = _tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale, k_scale, v_scale, return_lse)
+        return (found[0], found[1]) if return_lse else found[0]
     if not kernel:
-        return reference.tree_attention(q, k_cache, v_cache, kv_len, ancestors, scale=scale)
+        return reference.tree_attention(
+            q, k_cache, v_cache, kv_len, ancestors,
+            scale=scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
+        )  # fmt: skip
     check_forward_only(q=q, k_cache=k_cache, v_cache=v_cache)
+    lse = torch.empty((batch, queries, heads), dtype=torch.float32, device=device) if return_lse else None
+    k_scale, v_scale = (None if each is None else each.contiguous() for each in (k_scale, v_scale))
     with on_device(q):
-        config = default_config(capacity, kv_heads, q.dtype)
-        return launch_tree_attention(q, k_cache, v_cache, kv_len.contiguous(), ancestors.contiguous(), scale, config)
+        rows = queries * (heads // kv_heads)
+        config = default_config(capacity, kv_heads, q.dtype, rows, cache_dtype=k_cache.dtype)
+        out = launch_tree_attention(
+            q, k_cache, v_cache, kv_len.contiguous(), ancestors.contiguous(), scale,
+            config, k_scale=k_scale, v_scale=v_scale, lse=lse,
+        )  # fmt: skip
+    return out if lse is None else (out, lse)

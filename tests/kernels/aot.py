@@ -4,7 +4,8 @@ A launcher gets meta tensors of a model's shapes, on a driver that names an arch
 signature, the constants and what Triton specialises on are the launcher's own, and cannot drift from it. What comes
 back is the binary, whose registers, spills and shared memory are read here.
 
-    python -m tests.kernels.aot [FILE]      prints, or writes, the table of all cases on all architectures
+    python -m tests.kernels.aot [FILE [PATTERN]]      prints, or writes, the table of all cases on all architectures;
+                                                      with a pattern, only cases whose names match are compiled anew
 """
 
 import contextlib
@@ -26,6 +27,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.ancestors import launch_pack_ancestors
+from specvlm_kernels.attention_config import TreeAttentionConfig, default_config
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
@@ -41,7 +44,7 @@ from specvlm_kernels.token_pooling import (
 )
 from specvlm_kernels.token_pruning import launch_prune_tokens, launch_prune_tokens_backward
 from specvlm_kernels.token_resampling import launch_resample_tokens, launch_resample_tokens_backward
-from specvlm_kernels.tree_attention import default_config, launch_pack_ancestors, launch_tree_attention
+from specvlm_kernels.tree_attention import launch_tree_attention
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,13 +102,64 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention_case(name: str, model: Shape, dtype: torch.dtype = torch.bfloat16, capacity: int = CAPACITY) -> Case:
-    q = meta(1, NODES, model.heads, model.head_dim, dtype=dtype)
-    slab = meta(model.layers, 2, 1, model.kv_heads, capacity, model.head_dim, dtype=dtype)
-    kv_len, words = meta(1, dtype=torch.int32), meta(1, NODES, 1, dtype=torch.int64)
-    config = default_config(capacity, model.kv_heads, dtype)
-    scale = model.head_dim**-0.5
-    return Case(name, lambda: launch_tree_attention(q, slab[0, 0], slab[0, 1], kv_len, words, scale, config))
+def attention_case(
+    name: str,
+    model: Shape,
+    dtype: torch.dtype = torch.bfloat16,
+    capacity: int = CAPACITY,
+    *,
+    nodes: int = NODES,
+    cache_dtype: torch.dtype | None = None,
+    config: TreeAttentionConfig | None = None,
+    with_lse: bool = False,
+) -> Case:
+    """Under the cut that the architecture has by default, where none is given."""
+    q = meta(1, nodes, model.heads, model.head_dim, dtype=dtype)
+    slab = meta(model.layers, 2, 1, model.kv_heads, capacity, model.head_dim, dtype=cache_dtype or dtype)
+    kv_len, words = meta(1, dtype=torch.int32), meta(1, nodes, -(-nodes // 64), dtype=torch.int64)
+    lse = meta(1, nodes, model.heads, dtype=torch.float32) if with_lse else None
+    scale = None if cache_dtype is None else meta(model.kv_heads, dtype=torch.float32)
+    rows = nodes * model.heads // model.kv_heads
+
+    def launch() -> None:
+        cut = config or default_config(capacity, model.kv_heads, dtype, rows, cache_dtype=cache_dtype)
+        keys, values = slab[0, 0], slab[0, 1]
+        launch_tree_attention(q, keys, values, kv_len, words, 0.1, cut, k_scale=scale, v_scale=scale, lse=lse)
+
+    return Case(name, launch)
+
+
+def other_attention_cases() -> Iterator[Case]:
+    """Dtypes, 128 nodes, a slab of one split, a cache of 8 bits, cuts that are not the default."""
+    model, grouped, fp8 = MODELS[0], MODELS[2], torch.float8_e4m3fn
+    yield attention_case("tree_attention fp32", model, torch.float32)
+    yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
+    yield attention_case("tree_attention 128 nodes", model, nodes=128, with_lse=True)
+    yield replace(attention_case("tree_attention fp16, 128 nodes", model, torch.float16, nodes=128), quick=False)
+    yield replace(attention_case("tree_attention 128 nodes, one split", model, capacity=128, nodes=128), quick=False)
+    yield attention_case("tree_attention e4m3", model, cache_dtype=fp8, with_lse=True)
+    yield replace(
+        attention_case("tree_attention e4m3, fp16, GQA", grouped, torch.float16, cache_dtype=fp8), quick=False
+    )
+    yield replace(attention_case("tree_attention e4m3, one split", model, capacity=128, cache_dtype=fp8), quick=False)
+    yield replace(attention_case("tree_attention e4m3, fp32", model, torch.float32, cache_dtype=fp8), quick=False)
+    last = TreeAttentionConfig(split=128, block_n=32, last_merges=True)
+    yield replace(attention_case("tree_attention, the last arriver merges", model, config=last), quick=False)
+    whole = TreeAttentionConfig(split=CAPACITY, block_n=32)
+    yield replace(attention_case("tree_attention, no split", model, config=whole), quick=False)
+
+
+def fp8_cache_cases() -> Iterator[Case]:
+    """What goes into a cache of 8 bits, and moves there."""
+    model = MODELS[0]
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim, dtype=torch.float8_e4m3fn)
+    new, scale = (
+        meta(1, NODES, model.kv_heads, model.head_dim).transpose(1, 2),
+        meta(model.kv_heads, dtype=torch.float32),
+    )
+    kv_len, path = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    yield Case("write_kv e4m3", lambda: launch_write_kv(slab[0, 0], slab[0, 1], new, new, kv_len, scale, scale))
+    yield Case("compact_kv e4m3", lambda: launch_compact_kv(slab, kv_len, path, kv_len))
 
 
 def attention_cases(model: Shape) -> Iterator[Case]:
@@ -239,10 +293,8 @@ def shared_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """What the cases above leave out: other dtypes, a slab of one split, the largest tree, settings by row, strides."""
+    """What the cases above leave out: other dtypes, the largest tree, settings by row, strides."""
     model = MODELS[0]
-    yield attention_case("tree_attention fp32", model, torch.float32)
-    yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
     yield replace(resample_case("resample_tokens and backward, fp32", model, 576, torch.float32), quick=False)
     keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
     parents = meta(1, 128, dtype=torch.int32)
@@ -263,7 +315,14 @@ FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
 def cases() -> list[Case]:
     """Every kernel of the package at every model's shapes, and what these leave out."""
     of_models = [case for model in MODELS for family in FAMILIES for case in family(model)]
-    return [*of_models, *shared_cases(), *token_cases(), *other_cases()]
+    return [
+        *of_models,
+        *shared_cases(),
+        *token_cases(),
+        *other_attention_cases(),
+        *fp8_cache_cases(),
+        *other_cases(),
+    ]
 
 
 class _OfflineDriver:
@@ -337,34 +396,62 @@ def _amd_usage(kernel: str, shared: int, assembly: str) -> Usage:
     return Usage(kernel, registers, spills, stack, shared)
 
 
-def table(architectures: list[str]) -> str:
+#: The table in the repository, which the tests hold what they compile against.
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot.md"
+
+#: By case and architecture: what each binary of a launch takes, in the order of the launches.
+Usages = dict[tuple[str, str], list[Usage]]
+
+
+def versions() -> str:
+    """What compiled: another compiler's registers are no regression."""
+    return f"triton {triton.__version__}"
+
+
+def read_table(text: str) -> Usages:
+    """What a table says."""
+    usages: Usages = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[2] in ARCHITECTURES:
+            numbers = [int(cell) for cell in cells[3:]]
+            usages.setdefault((cells[0], cells[2]), []).append(Usage(cells[1].strip("`"), *numbers))
+    return usages
+
+
+def table(usages: Usages) -> str:
     """A Markdown table with a line a binary."""
     lines = [
         "| case | kernel | architecture | registers | spills | stack bytes | shared bytes |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
-    for case in cases():
-        for architecture in architectures:
-            lines += [
-                f"| {case.name} | `{use.kernel}` | {architecture} | {use.registers} | {use.spills} | {use.stack} "
-                f"| {use.shared} |"
-                for use in compile_case(case, architecture)
-            ]
+    for (case, architecture), used in usages.items():
+        for use in used:
+            numbers = f"{use.registers} | {use.spills} | {use.stack} | {use.shared}"
+            lines.append(f"| {case} | `{use.kernel}` | {architecture} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Prints the table, or writes it to the file named on the command line."""
-    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    pattern = sys.argv[2] if len(sys.argv) > 2 else ""
+    known = read_table(file.read_text()) if file and pattern else {}
+    usages: Usages = {}
+    for case in cases():
+        for architecture in ARCHITECTURES:
+            key = case.name, architecture
+            fresh = key not in known or re.search(pattern, case.name)
+            usages[key] = compile_case(case, architecture) if fresh else known[key]
     text = (
         "# Kernels compiled ahead of time\n\n"
-        f"bf16, slab of {CAPACITY} slots, {NODES} nodes where a case does not say otherwise, batch 1; {versions}. "
+        f"bf16, slab of {CAPACITY} slots, {NODES} nodes where a case does not say otherwise, batch 1; {versions()}. "
         "Compiled without a GPU: resources, not speed.\n"
         "Spills: NVIDIA, local-memory instructions in the binary; AMD, spilled vector and scalar registers.\n\n"
-        + table(list(ARCHITECTURES))
+        + table(usages)
     )
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text)
+    if file:
+        file.write_text(text)
     else:
         print(text, end="")
 

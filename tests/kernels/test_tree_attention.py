@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specvlm_kernels import pack_ancestors, reference, tree_attention
+from specvlm_kernels.ancestors import _pack_ancestors_kernel, launch_pack_ancestors
 from specvlm_kernels.tree_attention import (
     TreeAttentionConfig,
-    _pack_ancestors_kernel,
     _tree_attention_kernel,
     _tree_attention_merge_kernel,
     default_config,
-    launch_pack_ancestors,
     launch_tree_attention,
 )
 from tests.kernels.trees import parents_of, trees
@@ -427,7 +426,7 @@ def bad(**changed: object) -> dict[str, object]:
         ({"q": lambda q: q[:, :, :3]}, "q: expected a multiple of k_cache's 2 heads, got 3"),
         ({"q": lambda q: q[..., ::2]}, r"k_cache: expected shape \[1, Hkv, S, 16\], got \[1, 2, 10, 32\]"),
         ({"q": lambda q: q.transpose(2, 3).contiguous().transpose(2, 3)}, "q: expected a contiguous last axis"),
-        ({"k_cache": lambda k: k.half()}, "k_cache: expected dtype float32, got float16"),
+        ({"k_cache": lambda k: k.half()}, "k_cache: expected dtype float32 or float8_e4m3fn, got float16"),
         ({"k_cache": lambda k: k.mT.contiguous().mT}, "k_cache: expected a contiguous last axis"),
         ({"v_cache": lambda v: v[:, :, :7]}, r"v_cache: expected shape \[1, 2, 10, 32\], got \[1, 2, 7, 32\]"),
         ({"v_cache": lambda v: v.mT.contiguous().mT}, "v_cache: expected a contiguous last axis"),
@@ -439,6 +438,8 @@ def bad(**changed: object) -> dict[str, object]:
         ({"ancestors": lambda a: a[:, :2]}, r"ancestors: expected shape \[1, 3, W\], got \[1, 2, 1\]"),
         ({"ancestors": lambda a: a.int()}, "ancestors: expected dtype int64, got int32"),
         ({"q": lambda q: q.to("meta")}, "q: expected a tensor on a cuda or cpu device, got meta"),
+        ({"k_scale": torch.ones(2)}, "k_scale: expected None, since the cache is float32 and not float8_e4m3fn"),
+        ({"v_scale": torch.ones(2)}, "v_scale: expected None, since the cache is float32 and not float8_e4m3fn"),
         ({"scale": NAN}, "scale: expected a finite number, got nan"),
         ({"scale": -float("inf")}, "scale: expected a finite number, got -inf"),
         ({"scale": "0.5"}, "scale: expected a finite number, got '0.5'"),

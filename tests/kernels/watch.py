@@ -1,12 +1,17 @@
 """What shows that a kernel ran, and that it wrote everything it returns."""
 
 import contextlib
+import importlib
 import math
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from triton.runtime.jit import JITFunction
+
+import specvlm_kernels
 
 WILD = -77_777_777
 
@@ -37,3 +42,10 @@ def launched(*kernels: Any) -> Iterator[None]:
         yield
     missing = [kernel.__name__ for kernel, count in launches.items() if count == 0]
     assert not missing, f"not launched: {missing}"
+
+
+def package_kernels() -> set[str]:
+    """The names of all kernels of the package, as compiled."""
+    names = [f"specvlm_kernels.{module.name}" for module in pkgutil.iter_modules(specvlm_kernels.__path__)]
+    members = [x for name in names for x in vars(importlib.import_module(name)).values()]
+    return {x.__name__ for x in members if isinstance(x, JITFunction) and x.__name__.endswith("_kernel")}

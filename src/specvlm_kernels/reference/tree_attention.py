@@ -42,11 +42,16 @@ def tree_attention(
     ancestors: torch.Tensor,
     *,
     scale: float | None = None,
-) -> torch.Tensor:
-    """[B, Q, Hq, D] rows over [B, Hkv, S, D] slabs -> [B, Q, Hq, D]; see `specvlm_kernels`."""
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """[B, Q, Hq, D] rows over [B, Hkv, S, D] slabs -> [B, Q, Hq, D], and log-sum-exps; see `specvlm_kernels`."""
     batch, queries, heads, head_dim = q.shape
     if q.numel() == 0:
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = out.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        return (out, lse) if return_lse else out
     kv_heads, capacity = k_cache.shape[1:3]
     group = heads // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -58,8 +63,10 @@ def tree_attention(
         rows = q.view(batch, queries, kv_heads, group, head_dim).transpose(1, 2)
         rows = rows.reshape(batch, kv_heads, queries * group, head_dim)
     k, v = k_cache.narrow(2, 0, length), v_cache.narrow(2, 0, length)
-    if q.dtype != dtype:
+    if k.dtype != dtype:
         rows, k, v = rows.to(dtype), k.to(dtype), v.to(dtype)
+    if k_scale is not None and v_scale is not None:
+        k, v = k * k_scale[..., None, None].to(dtype), v * v_scale[..., None, None].to(dtype)
     if unseen is not None:
         k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
     out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scale)
@@ -69,7 +76,12 @@ def tree_attention(
         out = out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).reshape(q.shape)
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
-    return out.to(q.dtype).contiguous()
+    out = out.to(q.dtype).contiguous()
+    if not return_lse:
+        return out
+    scores = rows @ k.mT * (head_dim**-0.5 if scale is None else scale)
+    lse = (scores if mask is None else scores + mask).logsumexp(-1)  # [B, Hkv, Q * group]
+    return out, lse.view(batch, kv_heads, queries, group).transpose(1, 2).reshape(batch, queries, heads)
 
 
 @lru_cache(maxsize=16)

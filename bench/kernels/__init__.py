@@ -1,0 +1,1 @@
+"""Times the kernels of `specvlm_kernels`: see `python -m bench.kernels --help`."""
