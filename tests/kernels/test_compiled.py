@@ -12,7 +12,7 @@ from specvlm_kernels import acceptance
 
 #: The modules of the ops that are operators only where a compiler traces them, under their names with an underscore.
 MODULES = {
-    "pack_ancestors": "tree_attention",
+    "pack_ancestors": "ancestors",
     "tree_attention": "tree_attention",
     "draw": "acceptance",
     "accept": "acceptance",
