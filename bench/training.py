@@ -317,7 +317,8 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     name = "training" if args.target is None else f"training-{corpus.name}"
-    command = shlex.join(["python", "-m", "bench.training", *sys.argv[1:]])
+    given = [Path(each).name if each == str(args.data) else each for each in sys.argv[1:]]
+    command = shlex.join(["python", "-m", "bench.training", *given])
     told = "the shipped model" if args.target is None else "a small model of photos and human captions"
     text = f"# Draft heads on {told}, by what they read of a picture\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
