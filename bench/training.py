@@ -265,10 +265,11 @@ def plots(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], 
     """Tau by epoch, and tau at the end: of what is seen against the rest, or by temperature."""
     figure, (epochs, bars) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     names = list(dict.fromkeys(run["variant"] for run in runs))
-    for name in names:
+    for number, name in enumerate(names):
         curves = [[epoch["tau"] for epoch in run["epochs"]] for run in runs if run["variant"] == name]
         means = [mean(at) for at in zip(*curves, strict=True)]
-        line = epochs.plot(range(1, len(means) + 1), means, marker="o", label=name)[0]
+        style = "-" if number < 10 else "--"  # there are ten colours
+        line = epochs.plot(range(1, len(means) + 1), means, style, marker="o", label=name)[0]
         if len(curves) > 1:
             low, high = zip(*((min(at), max(at)) for at in zip(*curves, strict=True)), strict=True)
             epochs.fill_between(range(1, len(means) + 1), low, high, alpha=0.15, color=line.get_color())
@@ -282,7 +283,7 @@ def plots(runs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], 
     bars.invert_yaxis()
     of = "by class: words that name what is seen, and the rest" if "by class" in rows[0] else "at the end"
     bars.set(xlabel=f"tau {of}")
-    bars.legend()
+    bars.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
