@@ -16,6 +16,7 @@ LAUNCHERS = {
     "kv_cache": ("launch_write_kv", "launch_compact_kv"),
     "acceptance": ("launch_draw", "launch_walk"),
     "drafting": ("launch_draft_topk",),
+    "decoder_ops": ("launch_add_rms_norm", "launch_rotary_write_kv", "launch_gated_silu"),
 }
 
 

@@ -5,6 +5,7 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 """
 
 from .acceptance import Accepted, accept, draw
+from .decoder_ops import add_rms_norm, gated_silu, rotary_write_kv
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
@@ -16,14 +17,17 @@ from .tree_attention import pack_ancestors, tree_attention
 __all__ = [
     "Accepted",
     "accept",
+    "add_rms_norm",
     "compact_kv",
     "conv_tokens",
     "draft_topk",
     "draw",
+    "gated_silu",
     "pack_ancestors",
     "pool_tokens",
     "prune_tokens",
     "resample_tokens",
+    "rotary_write_kv",
     "soft_cross_entropy",
     "total_variation",
     "tree_attention",

@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.decoder_ops import launch_add_rms_norm, launch_gated_silu, launch_rotary_write_kv
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
@@ -61,13 +62,18 @@ class Shape:
     kv_heads: int
     layers: int
     vocab: int
+    inner: int
     head_dim: int = 128
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
 
 
 MODELS = (
-    Shape("LLaVA-1.5-7B", 32, 32, 32, 32064),
-    Shape("LLaVA-1.5-13B", 40, 40, 40, 32064),
-    Shape("GQA 32/8", 32, 8, 32, 128256),
+    Shape("LLaVA-1.5-7B", 32, 32, 32, 32064, 11008),
+    Shape("LLaVA-1.5-13B", 40, 40, 40, 32064, 13824),
+    Shape("GQA 32/8", 32, 8, 32, 128256, 14336),
 )
 CAPACITY, NODES, TAUGHT = 1024, 64, 512
 
@@ -116,6 +122,24 @@ def cache_cases(model: Shape) -> Iterator[Case]:
     kv_len, path = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
     yield Case(f"write_kv {model.name}", lambda: launch_write_kv(slab[0, 0], slab[0, 1], new, new, kv_len))
     yield Case(f"compact_kv {model.name}", lambda: launch_compact_kv(slab, kv_len, path, kv_len))
+
+
+def decoder_cases(model: Shape) -> Iterator[Case]:
+    columns = (model.heads + 2 * model.kv_heads) * model.head_dim
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
+    table = meta(4096, model.head_dim // 2, dtype=torch.float32)
+    kv_len, positions = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    x, weight = meta(1, NODES, model.width), meta(model.width)
+    parts = meta(4, 1, NODES, model.width, dtype=torch.float32)
+    yield Case(f"add_rms_norm {model.name}", lambda: launch_add_rms_norm(x, x, weight, 1e-5))
+    yield Case(f"add_rms_norm of parts {model.name}", lambda: launch_add_rms_norm(parts, x, weight, 1e-5))
+    yield Case(
+        f"rotary_write_kv {model.name}",
+        lambda: launch_rotary_write_kv(
+            meta(1, NODES, columns), table, table, positions, slab[0, 0], slab[0, 1], kv_len
+        ),
+    )
+    yield Case(f"gated_silu {model.name}", lambda: launch_gated_silu(meta(1, NODES, 2 * model.inner)))
 
 
 def draw_cases(model: Shape) -> Iterator[Case]:
@@ -237,7 +261,7 @@ def other_cases() -> Iterator[Case]:
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
-FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
+FAMILIES = (attention_cases, cache_cases, decoder_cases, draw_cases, draft_cases)
 
 
 def cases() -> list[Case]:

@@ -54,9 +54,14 @@ class HFTarget:
         model: in memory, on its device, in its dtype; it is switched to evaluation.
         tokenizer: for stop strings; None: there is none.
 
+    Attributes:
+        why: what spoke for this kind of target, for whoever prints it.
+
     Raises:
         ValueError: the model needs what our attention lacks, by name.
     """
+
+    why: str = "as asked for"
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
         if not isinstance(model, FAMILIES):
@@ -72,6 +77,10 @@ class HFTarget:
         self._language = model.model.language_model
         self._pool = SlabPool(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
         self._probe()
+
+    def __repr__(self) -> str:
+        kinds = f"{self.model.config.model_type} of {self.model.config.text_config.model_type}"
+        return f"{type(self).__name__}({kinds}, {self.spec.dtype} on {self.spec.device}; {self.why})"
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., H] of token ids."""
