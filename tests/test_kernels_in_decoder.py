@@ -16,7 +16,8 @@ LAUNCHERS = {
     "kv_cache": ("launch_write_kv", "launch_compact_kv"),
     "acceptance": ("launch_draw", "launch_walk"),
     "drafting": ("launch_draft_topk",),
-    "decoder_ops": ("launch_add_rms_norm", "launch_rotary_write_kv", "launch_gated_silu"),
+    "decoder_ops": ("launch_add_rms_norm",),
+    "decoder_linear": ("launch_rotary_linear", "launch_linear", "launch_gated_linear"),
 }
 
 

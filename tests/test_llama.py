@@ -11,7 +11,8 @@ from specvlm import SpecVLM, load
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget, fused, rotary_tables, target_for
-from tests.fakes import prompt_for, tiny_llava, tiny_processor
+from specvlm_kernels import pack_ancestors
+from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_processor
 
 #: Every static kind of rotation.
 ROPES = {
@@ -188,6 +189,15 @@ def test_what_the_own_decoder_does_not_serve_goes_to_hugging_face(change, messag
     assert llama.why_not(model.model.language_model) == message
 
 
+def test_a_model_that_was_asked_for_hidden_states_is_served():
+    """Transformers then leaves hooks of its own in the layers."""
+    model = tiny_llava()
+    with torch.no_grad():
+        model(**prompt_for(model), output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.model.language_model.layers)
+    assert type(target_for(model)) is LlamaTarget
+
+
 def test_a_model_with_biases_answers_through_hugging_face():
     model = tiny_llava(attention_bias=True)
     prompt, specvlm = prompt_for(model), SpecVLM(model)
@@ -242,3 +252,32 @@ def test_a_decoder_that_disagrees_is_not_taken(monkeypatch, spoil, dtype):
     target = target_for(tiny_llava().to(dtype))
     assert type(target) is HFTarget
     assert "expected states within" in target.why
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_in_bf16_do_not_hang_on_the_draft(temperature):
+    """Equal to the last token, since a row is computed alike alone and among 64."""
+    model = tiny_llava(num_key_value_heads=2)
+    prompt = {name: value.to("cuda") for name, value in prompt_for(model).items()}
+    specvlm = SpecVLM.from_target(LlamaTarget(model.to("cuda", torch.bfloat16)))
+    options = prompt | {"temperature": temperature, "max_new_tokens": 200}
+    longer = specvlm.generate(**options | {"max_new_tokens": 240}).tokens
+    for draft in (ScriptedDraft(longer, depth=6, decoys=2), ScriptedDraft(longer, depth=31), "ngram"):
+        assert specvlm.generate(**options, draft=draft).tokens == longer[:200]
+
+
+@pytest.mark.gpu
+def test_a_verify_never_waits_for_the_host():
+    target = LlamaTarget(tiny_llava().to("cuda", torch.bfloat16))
+    slab, kv_len = target._pool.borrow(1, 512), torch.tensor([40], dtype=torch.int32, device="cuda")
+    words = pack_ancestors(torch.tensor([[-1, 0, 0, 1]], dtype=torch.int32, device="cuda"))
+    embeds = torch.randn(1, 4, 128, device="cuda", dtype=torch.bfloat16)
+    positions = torch.full((1, 4), 40, dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            hidden, _ = target._forward(embeds, positions, slab, llama.AttentionStep(kv_len, words), None)
+            target.head(hidden)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -221,6 +221,16 @@ def _rotary_arguments(dtype: torch.dtype) -> Arguments:
     )
 
 
+def _linear_arguments(dtype: torch.dtype, rows: int) -> Arguments:
+    """Results of about 1, so that a bf16 one's rounding is small."""
+    return {"x": _randn(2, 20, 96, dtype=dtype), "weight": _randn(rows, 96, seed=1).div(16).to(dtype)}
+
+
+def _rotary_linear_arguments(dtype: torch.dtype) -> Arguments:
+    rotary = {name: value for name, value in _rotary_arguments(dtype).items() if name != "qkv"}
+    return _linear_arguments(dtype, 12 * 64) | rotary | {"bias": _randn(12 * 64, seed=2).div(16).to(dtype)}
+
+
 def _norm_arguments(dtype: torch.dtype) -> Arguments:
     return {
         "x": _randn(2, 20, 200, dtype=dtype),
@@ -282,6 +292,10 @@ CASES: Final = (
     Case("compact_kv", _compact_arguments, changed=("cache",)),
     Case("add_rms_norm", _norm_arguments),
     Case("rotary_write_kv", _rotary_arguments, changed=("k_cache", "v_cache")),
+    Case("linear", lambda dtype: _linear_arguments(dtype, 130) | {"bias": _randn(130, seed=2).div(16).to(dtype)}),
+    Case("linear_parts", lambda dtype: _linear_arguments(dtype, 130)),
+    Case("gated_linear", lambda dtype: _linear_arguments(dtype, 140)),
+    Case("rotary_linear", _rotary_linear_arguments, changed=("k_cache", "v_cache")),
     Case("gated_silu", lambda dtype: {"gate_up": _randn(2, 20, 300).mul(0.5).to(dtype)}),
     Case("pool_tokens", _grid_arguments),
     Case("conv_tokens", _conv_arguments),

@@ -5,6 +5,7 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 """
 
 from .acceptance import Accepted, accept, draw
+from .decoder_linear import gated_linear, linear, linear_parts, rotary_linear
 from .decoder_ops import add_rms_norm, gated_silu, rotary_write_kv
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
@@ -22,11 +23,15 @@ __all__ = [
     "conv_tokens",
     "draft_topk",
     "draw",
+    "gated_linear",
     "gated_silu",
+    "linear",
+    "linear_parts",
     "pack_ancestors",
     "pool_tokens",
     "prune_tokens",
     "resample_tokens",
+    "rotary_linear",
     "rotary_write_kv",
     "soft_cross_entropy",
     "total_variation",

@@ -26,6 +26,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
+from specvlm_kernels.decoder_linear import (
+    launch_gated_linear,
+    launch_linear,
+    launch_rotary_linear,
+    linear_config,
+    parts_config,
+    parts_of,
+)
 from specvlm_kernels.decoder_ops import launch_add_rms_norm, launch_gated_silu, launch_rotary_write_kv
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
@@ -142,6 +150,29 @@ def decoder_cases(model: Shape) -> Iterator[Case]:
     yield Case(f"gated_silu {model.name}", lambda: launch_gated_silu(meta(1, NODES, 2 * model.inner)))
 
 
+def linear_cases(model: Shape, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> Iterator[Case]:
+    """A layer's products and the head's, with the cut that the ops choose."""
+    columns = (model.heads + 2 * model.kv_heads) * model.head_dim
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim, dtype=dtype)
+    table = meta(4096, model.head_dim // 2, dtype=torch.float32)
+    kv_len, positions = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    x, inner = meta(1, NODES, model.width, dtype=dtype), meta(1, NODES, model.inner, dtype=dtype)
+    cut = linear_config(columns // 2, dtype)
+    qkv, qkv_bias = meta(columns, model.width, dtype=dtype), meta(columns, dtype=dtype) if bias else None
+    yield Case(
+        f"rotary_linear {model.name}",
+        lambda: launch_rotary_linear(x, qkv, qkv_bias, table, table, positions, slab[0, 0], slab[0, 1], kv_len, cut),
+    )
+    down, down_cut = meta(model.width, model.inner, dtype=dtype), parts_config(dtype)
+    parts = parts_of(*down.shape, down_cut)
+    yield Case(f"linear_parts {model.name}", lambda: launch_linear(inner, down, None, down_cut, parts))
+    gate_up, gate_cut = meta(2 * model.inner, model.width, dtype=dtype), linear_config(model.inner, dtype)
+    yield Case(f"gated_linear {model.name}", lambda: launch_gated_linear(x, gate_up, gate_cut))
+    head, head_cut = meta(model.vocab, model.width, dtype=dtype), linear_config(model.vocab // 2, dtype)
+    head_bias = meta(model.vocab, dtype=dtype) if bias else None
+    yield Case(f"linear {model.name}", lambda: launch_linear(x, head, head_bias, head_cut, None))
+
+
 def draw_cases(model: Shape) -> Iterator[Case]:
     logits = meta(1, NODES, model.vocab)
     positions = meta(1, NODES, dtype=torch.int32)
@@ -247,6 +278,9 @@ def other_cases() -> Iterator[Case]:
     model = MODELS[0]
     yield attention_case("tree_attention fp32", model, torch.float32)
     yield attention_case("tree_attention fp16, one split", model, torch.float16, capacity=128)
+    for dtype in (torch.float32, torch.float16):
+        for case in linear_cases(model, dtype, bias=True):
+            yield replace(case, name=f"{case.name}, {str(dtype).removeprefix('torch.')}, biased", quick=False)
     yield replace(resample_case("resample_tokens and backward, fp32", model, 576, torch.float32), quick=False)
     keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
     parents = meta(1, 128, dtype=torch.int32)
@@ -261,7 +295,7 @@ def other_cases() -> Iterator[Case]:
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
-FAMILIES = (attention_cases, cache_cases, decoder_cases, draw_cases, draft_cases)
+FAMILIES = (attention_cases, cache_cases, decoder_cases, linear_cases, draw_cases, draft_cases)
 
 
 def cases() -> list[Case]:

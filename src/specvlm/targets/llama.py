@@ -21,13 +21,26 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from specvlm.state import capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, attend, head_size
-from specvlm_kernels import add_rms_norm, gated_silu, pack_ancestors, rotary_write_kv
+from specvlm_kernels import (
+    add_rms_norm,
+    gated_linear,
+    gated_silu,
+    linear,
+    linear_parts,
+    pack_ancestors,
+    rotary_linear,
+    rotary_write_kv,
+)
+from specvlm_kernels.decoder_linear import FEW_ROWS
 
 #: The layers whose mathematics the own decoder is; a subclass may be anything.
 LAYERS: Final = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
 #: How far the own decoder's states may lie from Hugging Face's, over their norm: rounding in 32 layers, and no more.
 AGREEMENT: Final = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+#: Whose hooks look on and change nothing: transformers leaves them where it was once asked for hidden states.
+CAPTURING: Final = "transformers.utils.output_capturing"
 
 #: What the check at load sends through both: a prompt, and a tree on top of it.
 _PROMPT: Final = 8
@@ -88,15 +101,23 @@ class LlamaDecoder:
         """
         first_slot = step.kv_len if step.first_slot is None else step.first_slot
         tapped: dict[int, Tensor] = {}
+        few = embeds.shape[0] * embeds.shape[1] <= FEW_ROWS
         x, stream = embeds, None
         for index, (layer, (keys, values)) in enumerate(zip(self._layers, slab.unbind(), strict=True)):
             normed, stream = add_rms_norm(x, stream, layer.attention_norm, eps=self._eps)
             tapped[index] = stream
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-            q = rotary_write_kv(qkv, self._cos, self._sin, positions, keys, values, first_slot)
-            x = F.linear(attend(q, keys, values, step, self._scale).flatten(2), layer.out)
+            rotation = self._cos, self._sin, positions, keys, values, first_slot
+            if few:
+                q = rotary_linear(normed, layer.qkv, layer.qkv_bias, *rotation)
+                x = linear_parts(attend(q, keys, values, step, self._scale).flatten(2), layer.out)
+            else:
+                q = rotary_write_kv(F.linear(normed, layer.qkv, layer.qkv_bias), *rotation)
+                x = F.linear(attend(q, keys, values, step, self._scale).flatten(2), layer.out)
             normed, stream = add_rms_norm(x, stream, layer.mlp_norm, eps=self._eps)
-            x = F.linear(gated_silu(F.linear(normed, layer.gate_up)), layer.down)
+            if few:
+                x = linear_parts(gated_linear(normed, layer.gate_up), layer.down)
+            else:
+                x = F.linear(gated_silu(F.linear(normed, layer.gate_up)), layer.down)
         hidden, _ = add_rms_norm(x, stream, self._norm, eps=self._eps)
         return hidden, hidden if taps is None else torch.cat([tapped[tap] for tap in taps], dim=-1)
 
@@ -126,6 +147,14 @@ class LlamaTarget(HFTarget):
                 f"own decoder: expected states within {most:g} of Hugging Face's, over their norm, got {error:.2g}"
             )
         self.why = f"own decoder: its states differ from Hugging Face's by {error:.1g} of their norm"
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of post-final-norm hidden states [..., H]; of few rows, by a row's own arithmetic."""
+        lm_head = self.model.lm_head
+        few = hidden.dim() == 3 and hidden.shape[0] * hidden.shape[1] <= FEW_ROWS
+        if torch.is_grad_enabled() or not few or type(lm_head) is not nn.Linear:
+            return super().head(hidden)
+        return linear(hidden, lm_head.weight, lm_head.bias)
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
@@ -185,12 +214,12 @@ def why_not(language: PreTrainedModel) -> str | None:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        for linear in (*projections, *others):
-            if type(linear) is not nn.Linear:  # an adapter, a quantised weight
-                return f"projections: expected Linear, got {type(linear).__name__}"
-        if any(linear.bias is not None for linear in others):
+        for product in (*projections, *others):
+            if type(product) is not nn.Linear:  # an adapter, a quantised weight
+                return f"projections: expected Linear, got {type(product).__name__}"
+        if any(one.bias is not None for one in others):
             return "bias: expected none but of q, k and v, got one"
-        if len({linear.bias is None for linear in projections}) > 1:
+        if len({one.bias is None for one in projections}) > 1:
             return "bias: expected one for each of q, k and v, or none, got some"
     if text.hidden_act != "silu":
         return f"hidden_act: expected silu, got {text.hidden_act}"
@@ -202,7 +231,8 @@ def why_not(language: PreTrainedModel) -> str | None:
     if weight.dtype not in AGREEMENT:
         return f"dtype: expected {', '.join(map(str, AGREEMENT))}, got {weight.dtype}"
     for name, module in language.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks) or "forward" in vars(module):
             return f"hooks: expected none, got one on {name or 'the language model'}"
     return None
 
@@ -232,10 +262,10 @@ def rotary_tables(language: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def _layer_of(layer: Any) -> LlamaLayer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [linear.bias for linear in projections]
+    biases = [one.bias for one in projections]
     return LlamaLayer(
         attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=fused([linear.weight for linear in projections]),
+        qkv=fused([one.weight for one in projections]),
         qkv_bias=None if biases[0] is None else fused(biases),
         out=attention.o_proj.weight.detach(),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
