@@ -58,7 +58,7 @@ class LinearConfig:
 def linear_config(pairs: int, dtype: torch.dtype) -> LinearConfig:
     """The cut for a weight of `pairs` pairs of rows: nothing of x but its dtype has a say."""
     if dtype == torch.float32:  # no tensor cores: products run from registers
-        return LinearConfig(block_m=16, block_h=16, block_k=32)
+        return LinearConfig(block_m=32, block_h=32, block_k=32)
     return LinearConfig(block_h=64 if pairs >= ENOUGH_PROGRAMS * 64 else 32)
 
 

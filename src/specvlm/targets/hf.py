@@ -124,10 +124,26 @@ class HFTarget:
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
         """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
         kv_len + i of the state's slab."""
-        positions = (state.kv_len[:, None] + tree.depths).clamp(max=self.spec.context - 1)
-        step = AttentionStep(state.kv_len, pack_ancestors(tree.parents))
-        hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
-        return Scores(self.head(hidden), features)
+        logits, features = self._verify(
+            tree.tokens, tree.parents, tree.depths, state.kv_len, slab=state.slab, taps=state.taps
+        )
+        return Scores(logits, features)
+
+    def _verify(
+        self,
+        tokens: Tensor,
+        parents: Tensor,
+        depths: Tensor,
+        kv_len: Tensor,
+        *,
+        slab: Tensor,
+        taps: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`verify` as a function of tensors: logits and features."""
+        positions = (kv_len[:, None] + depths).clamp(max=self.spec.context - 1)
+        step = AttentionStep(kv_len, pack_ancestors(parents))
+        hidden, features = self._forward(self.embed(tokens), positions, slab, step, taps)
+        return self.head(hidden), features
 
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> tuple[Prompt, Tensor]:

@@ -6,21 +6,26 @@ values go straight into the slab, and rotary tables come from the model's own ro
 embedding and head are `HFTarget`'s.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from specvlm.state import capacity
+from specvlm.graphs import CudaRecorder, Recorded, Recorder
+from specvlm.state import DecodeState, Scores, capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, attend, head_size
+from specvlm.tree import DraftTree
 from specvlm_kernels import (
     add_rms_norm,
     gated_linear,
@@ -128,6 +133,8 @@ class LlamaTarget(HFTarget):
     Args:
         model: in memory, on its device, in its dtype; it is switched to evaluation, and can go on being used.
         tokenizer: for stop strings; None: there is none.
+        recorder: what records the forward of each size of tree, to be replayed; None: `CudaRecorder` on a GPU, nothing
+            on a CPU.
 
     Raises:
         ValueError: the own decoder does not serve the model, or its states are not Hugging Face's; the message says
@@ -136,8 +143,14 @@ class LlamaTarget(HFTarget):
 
     _decoder: LlamaDecoder | None = None
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None, recorder: Recorder | None = None) -> None:
         super().__init__(model, tokenizer)
+        if recorder is None and self.spec.device.type == "cuda":
+            recorder = CudaRecorder(self.spec.device)
+        self._recorder = recorder
+        # Of each slab, whose addresses they hold; with it they go.
+        self._recorded: MutableMapping[Tensor, dict[Any, Recorded]] = WeakIdKeyDictionary()
+        self._recording = threading.RLock()
         if reason := why_not(self._language):
             raise ValueError(f"own decoder: {reason}")
         self._decoder = LlamaDecoder(self._language)
@@ -155,6 +168,23 @@ class LlamaTarget(HFTarget):
         if torch.is_grad_enabled() or not few or type(lm_head) is not nn.Linear:
             return super().head(hidden)
         return linear(hidden, lm_head.weight, lm_head.bias)
+
+    def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
+        """As `HFTarget.verify`; with a recorder, recorded for a slab's first tree of each size, and replayed.
+
+        What is recorded reads lengths from the device, so an answer that grows is never recorded anew. Answers of
+        several threads are replayed one after the other.
+        """
+        if self._recorder is None or torch.is_grad_enabled():
+            return super().verify(tree, state)
+        inputs = tree.tokens, tree.parents, tree.depths, state.kv_len
+        with self._recording:
+            of_slab = self._recorded.setdefault(state.slab, {})
+            found = of_slab.get(key := (tree.tokens.shape, state.taps))
+            if found is None:
+                verify = partial(self._verify, slab=state.slab, taps=state.taps)
+                found = of_slab[key] = Recorded(verify, inputs, self._recorder)
+            return Scores(*found(*inputs))
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
