@@ -12,19 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specvlm_kernels
+from bench.floors import LAUNCHES, MODELS, Sizes, floor_of, layer_weights
 from specvlm.targets.hf_attention import AttentionStep
 from specvlm.targets.llama import LlamaDecoder
 from tests.fakes import tiny_llava
 
-#: What a layer may launch, by kernel.
-LAYER = {
-    "_add_rms_norm_kernel": 2,
-    "_rotary_linear_kernel": 1,
-    "_tree_attention_kernel": 1,
-    "_tree_attention_merge_kernel": 1,
-    "_linear_kernel": 2,
-    "_gated_linear_kernel": 1,
-}
 #: What allocates, or looks at a tensor in another way, and launches nothing on a GPU.
 FREE = {
     "empty",
@@ -87,6 +79,21 @@ def launches(layers: int, nodes: int) -> Counter[str]:
 @pytest.mark.parametrize("nodes", [1, 64])
 def test_a_layer_is_eight_launches(nodes):
     few, more = launches(1, nodes), launches(3, nodes)
-    assert more - few == Counter({name: 2 * count for name, count in LAYER.items()})
-    assert sum(LAYER.values()) == 8
-    assert few - Counter(LAYER) == Counter({"_add_rms_norm_kernel": 1}), "the last norm"
+    layer = Counter(kernel for kernel, _ in LAUNCHES)
+    assert more - few == layer + layer
+    assert layer.total() == 8
+    assert few - layer == Counter({"_add_rms_norm_kernel": 1}), "the last norm"
+
+
+def test_the_table_counts_the_bytes_that_the_decoder_holds():
+    layer = LlamaDecoder(tiny_llava(num_key_value_heads=2).model.language_model)._layers[0]
+    held = (layer.attention_norm, layer.qkv, layer.out, layer.mlp_norm, layer.gate_up, layer.down)
+    sizes = Sizes("tiny", hidden=128, inner=160, layers=2, heads=4, kv_heads=2, vocabulary=320, head_dim=32)
+    assert layer_weights(sizes, itemsize=4) == sum(one.nbytes for one in held)
+
+
+def test_a_step_at_7b_is_what_its_weights_take():
+    """6.74e9 parameters of Llama-2-7B, less the embedding, whose rows are looked up."""
+    floor = floor_of(MODELS[0], context=0)
+    assert (32 * floor.weights + floor.head) / 2 == pytest.approx(6.74e9 - 32000 * 4096, rel=1e-3)
+    assert floor.milliseconds == pytest.approx(3.1, abs=0.05)
