@@ -8,7 +8,7 @@ import torch
 from specvlm import SpecVLM
 from specvlm.graphs import CudaRecorder, Recorded
 from specvlm.targets.llama import LlamaTarget
-from specvlm.tree import Plan
+from specvlm.tree import BUCKETS, Plan
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
 from tests.test_kernels_in_decoder import eagle
 
@@ -86,6 +86,21 @@ def test_an_answer_that_grows_is_not_recorded_anew_nor_is_the_next(recorded):
     for new in (90, 7, 60):
         specvlm.generate(**prompt, max_new_tokens=new)
     assert recorder.recordings == 1
+
+
+def test_after_a_warm_up_nothing_is_left_to_record(recorded):
+    specvlm, recorder = recorded
+    prompt = prompt_for(specvlm.target.model)
+    idle = len(specvlm.target._pool._idle)
+    assert list(specvlm.target.warm_up(prompt["input_ids"].shape[1] + 40)) == list(BUCKETS)
+    assert recorder.recordings == len(BUCKETS)
+    assert len(specvlm.target._pool._idle) == idle
+    answer = specvlm.generate(**prompt, max_new_tokens=40).tokens
+    for decoys in (0, 1, 4, 9):
+        draft = ScriptedDraft(answer, depth=6, decoys=decoys)
+        assert specvlm.generate(**prompt, max_new_tokens=40, draft=draft).tokens == answer
+    assert recorder.recordings == len(BUCKETS)
+    assert list(LlamaTarget(specvlm.target.model).warm_up(60)) == []
 
 
 def test_what_was_recorded_for_a_slab_goes_with_it(recorded):

@@ -7,7 +7,7 @@ embedding and head are `HFTarget`'s.
 """
 
 import threading
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -25,7 +25,7 @@ from specvlm.graphs import CudaRecorder, Recorded, Recorder
 from specvlm.state import DecodeState, Scores, capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, attend, head_size
-from specvlm.tree import DraftTree
+from specvlm.tree import BUCKETS, DraftTree
 from specvlm_kernels import (
     add_rms_norm,
     gated_linear,
@@ -178,13 +178,39 @@ class LlamaTarget(HFTarget):
         if self._recorder is None or torch.is_grad_enabled():
             return super().verify(tree, state)
         inputs = tree.tokens, tree.parents, tree.depths, state.kv_len
+        return Scores(*self._replayed(inputs, state.slab, state.taps))
+
+    @torch.inference_mode()
+    def warm_up(self, positions: int, taps: tuple[int, ...] | None = None) -> Iterator[int]:
+        """Records the forwards of every size of tree ahead of the first answer; without a recorder, nothing.
+
+        Args:
+            positions: tokens of prompt and answer; longer ones may come to lie in another slab, which has its own.
+            taps: which features the draft reads, as `Draft.taps` says.
+
+        Yields:
+            the size that was recorded, so that a caller can show how far it is.
+        """
+        if self._recorder is None:
+            return
+        slab = self._pool.borrow(1, capacity(positions))
+        try:
+            for nodes in BUCKETS:
+                zeros = torch.zeros(1, nodes, dtype=torch.int32, device=self.spec.device)
+                self._replayed((zeros.long(), zeros - 1, zeros, zeros[:, 0]), slab, taps)
+                yield nodes
+        finally:
+            self._pool.give_back(slab)
+
+    def _replayed(self, inputs: tuple[Tensor, ...], slab: Tensor, taps: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+        assert self._recorder is not None
         with self._recording:
-            of_slab = self._recorded.setdefault(state.slab, {})
-            found = of_slab.get(key := (tree.tokens.shape, state.taps))
+            of_slab = self._recorded.setdefault(slab, {})
+            found = of_slab.get(key := (inputs[0].shape, taps))
             if found is None:
-                verify = partial(self._verify, slab=state.slab, taps=state.taps)
+                verify = partial(self._verify, slab=slab, taps=taps)
                 found = of_slab[key] = Recorded(verify, inputs, self._recorder)
-            return Scores(*found(*inputs))
+            return found(*inputs)
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
