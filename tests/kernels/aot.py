@@ -133,6 +133,12 @@ def cache_cases(model: Shape) -> Iterator[Case]:
 
 
 def decoder_cases(model: Shape) -> Iterator[Case]:
+    """What lies between a layer's products, and the products; the fast tests compile them at one model's shapes."""
+    for case in (*between_cases(model), *linear_cases(model)):
+        yield replace(case, quick=model is MODELS[0])
+
+
+def between_cases(model: Shape) -> Iterator[Case]:
     columns = (model.heads + 2 * model.kv_heads) * model.head_dim
     slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
     table = meta(4096, model.head_dim // 2, dtype=torch.float32)
@@ -295,7 +301,7 @@ def other_cases() -> Iterator[Case]:
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
-FAMILIES = (attention_cases, cache_cases, decoder_cases, linear_cases, draw_cases, draft_cases)
+FAMILIES = (attention_cases, cache_cases, decoder_cases, draw_cases, draft_cases)
 
 
 def cases() -> list[Case]:
