@@ -17,6 +17,8 @@ LAUNCHERS = {
     "kv_cache": ("launch_write_kv", "launch_compact_kv"),
     "acceptance": ("launch_draw", "launch_walk"),
     "drafting": ("launch_draft_topk",),
+    "decoder_ops": ("launch_add_rms_norm",),
+    "decoder_linear": ("launch_rotary_linear", "launch_linear", "launch_gated_linear"),
 }
 
 
@@ -53,7 +55,7 @@ def vlm(plan: Plan) -> VLMDraft:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_through_the_interpreter(launches, temperature):
-    specvlm = SpecVLM(tiny_llava(num_key_value_heads=2))
+    specvlm = SpecVLM(tiny_llava(num_key_value_heads=2, hidden_size=64, intermediate_size=64))
     prompt = prompt_for(specvlm.target.model) | {"temperature": temperature, "max_new_tokens": 5}
     plain = specvlm.generate(**prompt, draft=None).tokens
     plan = Plan(nodes=6, depth=2, width=3)

@@ -26,6 +26,7 @@ from specvlm.drafts import (
 )
 from specvlm.targets.base import TargetSpec
 from specvlm.targets.hf import HFTarget
+from specvlm.targets.llama import LlamaTarget
 from tests.fakes import IMAGE_TOKEN, SAMPLING, VOCAB, ScriptedDraft, prompt_for, tiny_llava
 
 TOKENS = 72
@@ -76,10 +77,14 @@ def eagle3(spec: TargetSpec) -> Eagle3Draft:
     return Eagle3Draft(head)
 
 
-@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
-def test_every_draft_gives_the_answer_of_autoregressive_decoding(case, sampling):
+@pytest.mark.parametrize(
+    ("path", "sampling"),
+    [*((LlamaTarget, sampling) for sampling in SAMPLING), (HFTarget, SAMPLING[-1])],
+    ids=lambda one: one.__name__ if isinstance(one, type) else str(one),
+)
+def test_every_draft_gives_the_answer_of_autoregressive_decoding(case, path, sampling):
     model, prompt = case
-    specvlm = SpecVLM(model)
+    specvlm = SpecVLM.from_target(path(model))
     options = prompt | sampling | {"seed": 11}
     longer = specvlm.generate(**options, max_new_tokens=TOKENS + 40).tokens
     for name, draft in drafts(longer, specvlm.target).items():
@@ -87,10 +92,11 @@ def test_every_draft_gives_the_answer_of_autoregressive_decoding(case, sampling)
         assert answer.tokens == longer[:TOKENS], name
 
 
-def test_greedy_answers_are_those_of_transformers(case):
+@pytest.mark.parametrize("path", [LlamaTarget, HFTarget])
+def test_greedy_answers_are_those_of_transformers(case, path):
     model, prompt = case
     expected = model.generate(**prompt, do_sample=False, max_new_tokens=TOKENS)
-    specvlm = SpecVLM(model)
+    specvlm = SpecVLM.from_target(path(model))
     assert torch.equal(specvlm.generate(**prompt, max_new_tokens=TOKENS).sequences, expected)
     known = expected[0, prompt["input_ids"].shape[1] :].tolist()
     for name, draft in drafts(known + [5] * 40, specvlm.target).items():

@@ -19,8 +19,8 @@ from specvlm.pictures import open_picture
 from specvlm.state import Emitted, Limits, Sampling
 from specvlm.stats import Stats, StatsRecorder
 from specvlm.targets.base import Target, TargetSpec
-from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_loading import first_line
+from specvlm.targets.llama import target_for
 
 #: Answers end here when neither the call nor the model's generation config says where.
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -78,12 +78,13 @@ class Answer:
 class SpecVLM:
     """A vision-language model that answers with the help of a draft, and as it would answer without.
 
-    Several threads may ask one model; their forwards take turns. The model's own `generate` must not run meanwhile: for
-    the length of a forward its config names our attention.
+    Several threads may ask one model; forwards through its own modeling code take turns. The model's own `generate`
+    must not run meanwhile: for the length of such a forward its config names our attention.
 
     Args:
         model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` in memory; it is switched to
-            evaluation and else stays as it is, and can go on being used.
+            evaluation and can go on being used. Where the own decoder serves it, some weights move, to lie beside each
+            other; `target` says which path it takes and why.
         draft: a Draft, the name of one without weights ("ngram"), a folder or a hub id; None: none.
         processor: the model's, for `ask` and for stop strings.
 
@@ -92,7 +93,7 @@ class SpecVLM:
     """
 
     def __init__(self, model: PreTrainedModel, draft: Draft | str | Path | None = None, processor: Any = None) -> None:
-        self._set(HFTarget(model, tokenizer=getattr(processor, "tokenizer", None)), draft, processor)
+        self._set(target_for(model, tokenizer=getattr(processor, "tokenizer", None)), draft, processor)
 
     @classmethod
     def from_target(cls, target: Target, draft: Draft | str | Path | None = None, processor: Any = None) -> "SpecVLM":

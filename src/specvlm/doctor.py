@@ -221,6 +221,34 @@ def _write_arguments(dtype: torch.dtype) -> Arguments:
     )
 
 
+def _rotary_arguments(dtype: torch.dtype) -> Arguments:
+    caches = {name: _randn(2, 3, 100, 64, dtype=dtype, seed=i) for i, name in enumerate(("k_cache", "v_cache"))}
+    angles = torch.arange(100)[:, None] * 0.5 ** torch.arange(32)
+    tables = {"cos": angles.cos(), "sin": angles.sin()}
+    return (
+        caches | tables | {"qkv": _randn(2, 20, 12 * 64, dtype=dtype), "positions": _POSITIONS.int(), "kv_len": _KV_LEN}
+    )
+
+
+def _linear_arguments(dtype: torch.dtype, rows: int) -> Arguments:
+    """Results of about 1, so that a bf16 one's rounding is small."""
+    return {"x": _randn(2, 20, 96, dtype=dtype), "weight": _randn(rows, 96, seed=1).div(16).to(dtype)}
+
+
+def _rotary_linear_arguments(dtype: torch.dtype) -> Arguments:
+    rotary = {name: value for name, value in _rotary_arguments(dtype).items() if name != "qkv"}
+    return _linear_arguments(dtype, 12 * 64) | rotary | {"bias": _randn(12 * 64, seed=2).div(16).to(dtype)}
+
+
+def _norm_arguments(dtype: torch.dtype) -> Arguments:
+    return {
+        "x": _randn(2, 20, 200, dtype=dtype),
+        "residual": _randn(2, 20, 200, dtype=dtype, seed=1),
+        "weight": _randn(200, seed=2).mul(0.1).add(0.5).to(dtype),
+        "eps": 1e-5,
+    }
+
+
 def _compact_arguments(dtype: torch.dtype) -> Arguments:
     path = torch.full((2, 20), -1, dtype=torch.int32)
     path[0, :3], path[1, :2] = torch.tensor([2, 5, 11]), torch.tensor([1, 4])
@@ -274,6 +302,13 @@ CASES: Final = (
     Case("total_variation", _loss_arguments, learned=("logits",)),
     Case("write_kv", _write_arguments, changed=("k_cache", "v_cache")),
     Case("compact_kv", _compact_arguments, changed=("cache",)),
+    Case("add_rms_norm", _norm_arguments),
+    Case("rotary_write_kv", _rotary_arguments, changed=("k_cache", "v_cache")),
+    Case("linear", lambda dtype: _linear_arguments(dtype, 130) | {"bias": _randn(130, seed=2).div(16).to(dtype)}),
+    Case("linear_parts", lambda dtype: _linear_arguments(dtype, 130)),
+    Case("gated_linear", lambda dtype: _linear_arguments(dtype, 140)),
+    Case("rotary_linear", _rotary_linear_arguments, changed=("k_cache", "v_cache")),
+    Case("gated_silu", lambda dtype: {"gate_up": _randn(2, 20, 300).mul(0.5).to(dtype)}),
     Case("pool_tokens", _grid_arguments),
     Case("conv_tokens", _conv_arguments),
     Case(

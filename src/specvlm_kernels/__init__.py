@@ -6,6 +6,8 @@ Every op takes CUDA (or ROCm) tensors, where it runs a Triton kernel, or CPU ten
 
 from .acceptance import Accepted, accept, draw
 from .ancestors import pack_ancestors
+from .decoder_linear import gated_linear, linear, linear_parts, rotary_linear
+from .decoder_ops import add_rms_norm, gated_silu, rotary_write_kv
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
@@ -35,3 +37,6 @@ __all__ = [
     "tree_attention",
     "write_kv",
 ]
+
+#: What a layer of an own decoder needs besides. They are no operators of torch's: `torch.compile` stops at them.
+DECODER_OPS = (add_rms_norm, gated_linear, gated_silu, linear, linear_parts, rotary_linear, rotary_write_kv)

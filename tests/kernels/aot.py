@@ -29,6 +29,15 @@ from triton.runtime.jit import JITFunction
 from specvlm_kernels.acceptance import launch_keys, launch_merge, launch_walk
 from specvlm_kernels.ancestors import launch_pack_ancestors
 from specvlm_kernels.attention_config import TreeAttentionConfig, default_config
+from specvlm_kernels.decoder_linear import (
+    launch_gated_linear,
+    launch_linear,
+    launch_rotary_linear,
+    linear_config,
+    parts_config,
+    parts_of,
+)
+from specvlm_kernels.decoder_ops import launch_add_rms_norm, launch_gated_silu, launch_rotary_write_kv
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
@@ -66,13 +75,18 @@ class Shape:
     kv_heads: int
     layers: int
     vocab: int
+    inner: int
     head_dim: int = 128
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
 
 
 MODELS = (
-    Shape("LLaVA-1.5-7B", 32, 32, 32, 32064),
-    Shape("LLaVA-1.5-13B", 40, 40, 40, 32064),
-    Shape("GQA 32/8", 32, 8, 32, 128256),
+    Shape("LLaVA-1.5-7B", 32, 32, 32, 32064, 11008),
+    Shape("LLaVA-1.5-13B", 40, 40, 40, 32064, 13824),
+    Shape("GQA 32/8", 32, 8, 32, 128256, 14336),
 )
 CAPACITY, NODES, TAUGHT = 1024, 64, 512
 
@@ -172,6 +186,53 @@ def cache_cases(model: Shape) -> Iterator[Case]:
     kv_len, path = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
     yield Case(f"write_kv {model.name}", lambda: launch_write_kv(slab[0, 0], slab[0, 1], new, new, kv_len))
     yield Case(f"compact_kv {model.name}", lambda: launch_compact_kv(slab, kv_len, path, kv_len))
+
+
+def decoder_cases(model: Shape) -> Iterator[Case]:
+    """What lies between a layer's products, and the products; the fast tests compile them at one model's shapes."""
+    for case in (*between_cases(model), *linear_cases(model)):
+        yield replace(case, quick=model is MODELS[0])
+
+
+def between_cases(model: Shape) -> Iterator[Case]:
+    columns = (model.heads + 2 * model.kv_heads) * model.head_dim
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim)
+    table = meta(4096, model.head_dim // 2, dtype=torch.float32)
+    kv_len, positions = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    x, weight = meta(1, NODES, model.width), meta(model.width)
+    parts = meta(4, 1, NODES, model.width, dtype=torch.float32)
+    yield Case(f"add_rms_norm {model.name}", lambda: launch_add_rms_norm(x, x, weight, 1e-5))
+    yield Case(f"add_rms_norm of parts {model.name}", lambda: launch_add_rms_norm(parts, x, weight, 1e-5))
+    yield Case(
+        f"rotary_write_kv {model.name}",
+        lambda: launch_rotary_write_kv(
+            meta(1, NODES, columns), table, table, positions, slab[0, 0], slab[0, 1], kv_len
+        ),
+    )
+    yield Case(f"gated_silu {model.name}", lambda: launch_gated_silu(meta(1, NODES, 2 * model.inner)))
+
+
+def linear_cases(model: Shape, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> Iterator[Case]:
+    """A layer's products and the head's, with the cut that the ops choose."""
+    columns = (model.heads + 2 * model.kv_heads) * model.head_dim
+    slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim, dtype=dtype)
+    table = meta(4096, model.head_dim // 2, dtype=torch.float32)
+    kv_len, positions = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
+    x, inner = meta(1, NODES, model.width, dtype=dtype), meta(1, NODES, model.inner, dtype=dtype)
+    cut = linear_config(columns // 2, dtype)
+    qkv, qkv_bias = meta(columns, model.width, dtype=dtype), meta(columns, dtype=dtype) if bias else None
+    yield Case(
+        f"rotary_linear {model.name}",
+        lambda: launch_rotary_linear(x, qkv, qkv_bias, table, table, positions, slab[0, 0], slab[0, 1], kv_len, cut),
+    )
+    down, down_cut = meta(model.width, model.inner, dtype=dtype), parts_config(dtype)
+    parts = parts_of(*down.shape, down_cut)
+    yield Case(f"linear_parts {model.name}", lambda: launch_linear(inner, down, None, down_cut, parts))
+    gate_up, gate_cut = meta(2 * model.inner, model.width, dtype=dtype), linear_config(model.inner, dtype)
+    yield Case(f"gated_linear {model.name}", lambda: launch_gated_linear(x, gate_up, gate_cut))
+    head, head_cut = meta(model.vocab, model.width, dtype=dtype), linear_config(model.vocab // 2, dtype)
+    head_bias = meta(model.vocab, dtype=dtype) if bias else None
+    yield Case(f"linear {model.name}", lambda: launch_linear(x, head, head_bias, head_cut, None))
 
 
 def draw_cases(model: Shape) -> Iterator[Case]:
@@ -295,6 +356,9 @@ def shared_cases() -> Iterator[Case]:
 def other_cases() -> Iterator[Case]:
     """What the cases above leave out: other dtypes, the largest tree, settings by row, strides."""
     model = MODELS[0]
+    for dtype in (torch.float32, torch.float16):
+        for case in linear_cases(model, dtype, bias=True):
+            yield replace(case, name=f"{case.name}, {str(dtype).removeprefix('torch.')}, biased", quick=False)
     yield replace(resample_case("resample_tokens and backward, fp32", model, 576, torch.float32), quick=False)
     keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
     parents = meta(1, 128, dtype=torch.int32)
@@ -309,7 +373,7 @@ def other_cases() -> Iterator[Case]:
 
 
 #: A family of kernels: what it launches at a model's shapes. A new kernel file adds a line.
-FAMILIES = (attention_cases, cache_cases, draw_cases, draft_cases)
+FAMILIES = (attention_cases, cache_cases, decoder_cases, draw_cases, draft_cases)
 
 
 def cases() -> list[Case]:

@@ -54,9 +54,14 @@ class HFTarget:
         model: in memory, on its device, in its dtype; it is switched to evaluation.
         tokenizer: for stop strings; None: there is none.
 
+    Attributes:
+        why: what spoke for this kind of target, for whoever prints it.
+
     Raises:
         ValueError: the model needs what our attention lacks, by name.
     """
+
+    why: str = "as asked for"
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
         if not isinstance(model, FAMILIES):
@@ -72,6 +77,10 @@ class HFTarget:
         self._language = model.model.language_model
         self._pool = SlabPool(spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
         self._probe()
+
+    def __repr__(self) -> str:
+        kinds = f"{self.model.config.model_type} of {self.model.config.text_config.model_type}"
+        return f"{type(self).__name__}({kinds}, {self.spec.dtype} on {self.spec.device}; {self.why})"
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., H] of token ids."""
@@ -115,10 +124,26 @@ class HFTarget:
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
         """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
         kv_len + i of the state's slab."""
-        positions = (state.kv_len[:, None] + tree.depths).clamp(max=self.spec.context - 1)
-        step = AttentionStep(state.kv_len, pack_ancestors(tree.parents))
-        hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
-        return Scores(self.head(hidden), features)
+        logits, features = self._verify(
+            tree.tokens, tree.parents, tree.depths, state.kv_len, slab=state.slab, taps=state.taps
+        )
+        return Scores(logits, features)
+
+    def _verify(
+        self,
+        tokens: Tensor,
+        parents: Tensor,
+        depths: Tensor,
+        kv_len: Tensor,
+        *,
+        slab: Tensor,
+        taps: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`verify` as a function of tensors: logits and features."""
+        positions = (kv_len[:, None] + depths).clamp(max=self.spec.context - 1)
+        step = AttentionStep(kv_len, pack_ancestors(parents))
+        hidden, features = self._forward(self.embed(tokens), positions, slab, step, taps)
+        return self.head(hidden), features
 
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> tuple[Prompt, Tensor]:

@@ -63,19 +63,24 @@ def _attention(
         raise ValueError(f"{ATTENTION} attention: expected a forward by specvlm, got one without its step")
     if attention_mask is not None or dropout:
         raise ValueError(f"{ATTENTION} attention: expected no mask and no dropout, got a forward with them")
+    return attend(query.transpose(1, 2), key, value, step, scaling), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, step: AttentionStep, scaling: float) -> Tensor:
+    """Attention of rows [B, T, Hq, D] to k and v [B, Hkv, S, D], which hold the rows' own -> [B, T, Hq, D]."""
     if step.ancestors is not None:
-        return tree_attention(query.transpose(1, 2), key, value, step.kv_len, step.ancestors, scale=scaling), None
-    length = query.shape[2] if step.visible is None else key.shape[2]
+        return tree_attention(query, key, value, step.kv_len, step.ancestors, scale=scaling)
+    length = query.shape[1] if step.visible is None else key.shape[2]
     out = nn.functional.scaled_dot_product_attention(
-        query,
+        query.transpose(1, 2),
         key[:, :, :length],
         value[:, :, :length],
         attn_mask=None if step.visible is None else step.visible[:, None],
         is_causal=step.visible is None,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=query.shape[2] != key.shape[1],
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -1,0 +1,97 @@
+"""What a step of the own decoder cannot help: launches and bytes of a layer, and the time that the bytes take.
+
+    python -m bench.floors
+
+Computed from a model's sizes, and measured nowhere. The last line is JSON.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+#: What a layer launches for a tree, in order: the kernel, and what it does.
+LAUNCHES = (
+    ("_add_rms_norm_kernel", "adds the last layer's sum to the stream, norms it"),
+    ("_rotary_linear_kernel", "q, k and v, rotated, k and v into the cache"),
+    ("_tree_attention_kernel", "attention, by splits of the cache"),
+    ("_tree_attention_merge_kernel", "weighs the splits"),
+    ("_linear_kernel", "attention's output, in parts"),
+    ("_add_rms_norm_kernel", "adds the parts to the stream, norms it"),
+    ("_gated_linear_kernel", "gate and up, activated"),
+    ("_linear_kernel", "down, in parts"),
+)
+
+#: Bytes a second that an H200 copies with, as stated for it; a measured figure belongs to the machine it is from.
+COPY_BANDWIDTH = 4.3e12
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A language model's sizes."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    head_dim: int = 128
+
+
+MODELS = (
+    Sizes("LLaVA-1.5-7B", 4096, 11008, 32, 32, 32, 32064),
+    Sizes("LLaVA-1.5-13B", 5120, 13824, 40, 40, 40, 32064),
+)
+CONTEXT = 640
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Bytes that one step reads, of 2-byte values, and how long a copy of them takes.
+
+    Attributes:
+        weights: of a layer.
+        kv: of a layer, at `CONTEXT` stored tokens.
+        head: of the output head and the last norm.
+        milliseconds: for all layers and the head.
+    """
+
+    model: str
+    launches: int
+    weights: int
+    kv: int
+    head: int
+    milliseconds: float
+
+
+def layer_weights(sizes: Sizes, itemsize: int = 2) -> int:
+    """Bytes of one layer's weights, biases left out."""
+    attention = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim + sizes.heads * sizes.head_dim
+    return itemsize * sizes.hidden * (attention + 3 * sizes.inner + 2)
+
+
+def floor_of(sizes: Sizes, context: int = CONTEXT) -> Floor:
+    """What a step of a model cannot help."""
+    weights, kv = layer_weights(sizes), 2 * 2 * sizes.kv_heads * sizes.head_dim * context
+    head = 2 * sizes.hidden * (sizes.vocabulary + 1)
+    total = sizes.layers * (weights + kv) + head
+    return Floor(sizes.name, len(LAUNCHES), weights, kv, head, total / COPY_BANDWIDTH * 1e3)
+
+
+def main() -> None:
+    """Prints the launches and the floors."""
+    print(f"Computed, not measured: bf16, {CONTEXT} stored tokens, {COPY_BANDWIDTH / 1e12:g} TB/s.\n")
+    print("| launch | kernel | what it does |\n|--:|---|---|")
+    for number, (kernel, what) in enumerate(LAUNCHES, 1):
+        print(f"| {number} | `{kernel}` | {what} |")
+    columns = ("model", "launches a layer", "weights a layer", "KV a layer", "head", "floor of a step")
+    print(f"\n| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
+    floors = [floor_of(sizes) for sizes in MODELS]
+    for one in floors:
+        mib = (f"{size / 2**20:.1f} MiB" for size in (one.weights, one.kv, one.head))
+        print(f"| {one.model} | {one.launches} | {' | '.join(mib)} | {one.milliseconds:.2f} ms |")
+    print(json.dumps({"kind": "computed", "bandwidth": COPY_BANDWIDTH, "floors": [asdict(one) for one in floors]}))
+
+
+if __name__ == "__main__":
+    main()

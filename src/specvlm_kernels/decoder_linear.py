@@ -1,0 +1,379 @@
+"""A decoder layer's matrix products for few rows, with what follows them in the same launch.
+
+    linear          x W^T + b
+    linear_parts    the same sum cut along the columns of W, which `add_rms_norm` adds up
+    gated_linear    silu(x W_gate^T) * (x W_up^T)
+    rotary_linear   q, k, v = x W^T + b; q and k rotated, k and v written behind what a cache holds
+
+For as many rows as a draft tree has, a product costs what reading W costs, and each launch between two of them a few
+percent of that. So activation and rotation happen on the sums in registers: both join two columns, of gate and up, or
+half a head apart, and a program has the two rows of W that make a pair. What is left of a layer is eight launches:
+norm, q k v, attention in two, out, norm, gate and up, down.
+
+A program streams `2 * block_h` rows of W for `block_m` rows of x, so that x, which all programs read, is at most half
+of the traffic between L2 and registers. Where W has too few rows to fill the chip (out, down), its columns are cut into
+parts, whose fp32 sums are written out: the next norm reads them anyway, and adds them in a fixed order.
+
+**A row's bits do not depend on its company.** Tiles, cuts and instructions follow from W's shape and the dtype alone: a
+row alone runs through the tile that 64 share. A matrix library picks another kernel for 1 row than for 64, which rounds
+differently, and greedy answers then hang on how many nodes were verified along.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from ._checks import FLOATS, KERNEL_FLOATS, check_forward_only, check_rows_contiguous, check_tensor
+from ._dispatch import on_device, takes_kernel
+from .decoder_ops import check_rotary_cache, gated, rotated
+from .reference import decoder_linear as reference
+
+#: Rows beyond which a matrix library's product is the better one: it is no longer the weights that cost.
+FEW_ROWS = 128
+
+#: Programs that fill a chip, how many with wide tiles are worth it, and parts a product is cut into at most for that.
+FILLING_PROGRAMS, ENOUGH_PROGRAMS, MOST_PARTS = 128, 96, 8
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """How a product is cut into programs; see `linear_config`.
+
+    Attributes:
+        block_m: rows of x a program.
+        block_h: pairs of rows of W a program.
+        block_k: columns a step.
+        num_stages: steps in flight.
+    """
+
+    block_m: int = 64
+    block_h: int = 64
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def linear_config(pairs: int, dtype: torch.dtype) -> LinearConfig:
+    """The cut for a weight of `pairs` pairs of rows: nothing of x but its dtype has a say."""
+    if dtype == torch.float32:  # no tensor cores: products run from registers
+        return LinearConfig(block_m=32, block_h=32, block_k=32)
+    return LinearConfig(block_h=64 if pairs >= ENOUGH_PROGRAMS * 64 else 32)
+
+
+def parts_config(dtype: torch.dtype) -> LinearConfig:
+    """The cut for a weight that is cut along its columns besides."""
+    config = linear_config(ENOUGH_PROGRAMS * 64, dtype)
+    # With the fp32 sums to be written besides, four warps spill on sm_100.
+    return config if dtype == torch.float32 else replace(config, num_warps=8)
+
+
+def parts_of(rows: int, columns: int, config: LinearConfig) -> int:
+    """How many parts a product with a weight of this shape is cut into: each has columns."""
+    tiles, steps = triton.cdiv(rows, 2 * config.block_h), triton.cdiv(columns, config.block_k)
+    wanted = max(1, min(MOST_PARTS, FILLING_PROGRAMS // tiles, steps // 8))
+    return triton.cdiv(steps, triton.cdiv(steps, wanted))
+
+
+@triton.jit
+def _pair_sums(
+    x, weight, o_m, rows, o_low, o_high, m_h, first, last, columns, stride_w,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows `o_m` of x times rows `o_low` and `o_high` of W over columns first to last: two [BLOCK_M, BLOCK_H]."""
+    o_k = tl.arange(0, BLOCK_K)
+    m_m = (o_m < rows)[:, None]
+    p_x = x + o_m.to(tl.int64)[:, None] * columns + o_k[None, :]
+    p_low = weight + o_low.to(tl.int64)[:, None] * stride_w + o_k[None, :]
+    p_high = weight + o_high.to(tl.int64)[:, None] * stride_w + o_k[None, :]
+    b_low = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    b_high = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        m_x, m_w = m_m, m_h[:, None]
+        if not EVEN_K:
+            m_k = (start + o_k < columns)[None, :]
+            m_x, m_w = m_x & m_k, m_w & m_k
+        b_x = tl.load(p_x + start, mask=m_x, other=0.0)
+        b_w = tl.load(p_low + start, mask=m_w, other=0.0)
+        b_low = tl.dot(b_x, tl.trans(b_w), b_low, input_precision="ieee")
+        b_w = tl.load(p_high + start, mask=m_w, other=0.0)
+        b_high = tl.dot(b_x, tl.trans(b_w), b_high, input_precision="ieee")
+    return b_low, b_high
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def _linear_kernel(
+    x, weight, bias, out, rows, columns, outputs, span, stride_w,
+    BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    i_part, o_m = tl.program_id(2), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_low = tl.program_id(1) * (2 * BLOCK_H) + tl.arange(0, BLOCK_H)
+    o_high = o_low + BLOCK_H
+    # Both halves load where the first half's rows are; the high rows past the end are read from row 0 instead.
+    m_high = o_high < outputs
+    first = tl.multiple_of(i_part * span, BLOCK_K)
+    b_low, b_high = _pair_sums(
+        x, weight, o_m, rows, o_low, tl.where(m_high, o_high, 0), o_low < outputs, first,
+        tl.minimum(first + span, columns), columns, stride_w, EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if BIAS:
+        b_low += tl.load(bias + o_low, mask=o_low < outputs, other=0.0).to(tl.float32)[None, :]
+        b_high += tl.load(bias + o_high, mask=m_high, other=0.0).to(tl.float32)[None, :]
+    o_row = i_part.to(tl.int64) * rows + o_m
+    p_out = out + o_row[:, None] * outputs
+    m_m = (o_m < rows)[:, None]
+    tl.store(p_out + o_low[None, :], b_low.to(out.dtype.element_ty), mask=m_m & (o_low < outputs)[None, :])
+    tl.store(p_out + o_high[None, :], b_high.to(out.dtype.element_ty), mask=m_m & m_high[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gated_linear_kernel(
+    x, weight, out, rows, columns, outputs, stride_w,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_gate = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_h = o_gate < outputs
+    b_gate, b_up = _pair_sums(
+        x, weight, o_m, rows, o_gate, o_gate + outputs, m_h, 0, columns, columns, stride_w,
+        EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
+    )  # fmt: skip
+    p_out = out + o_m.to(tl.int64)[:, None] * outputs + o_gate[None, :]
+    tl.store(p_out, gated(b_gate, b_up).to(out.dtype.element_ty), mask=(o_m < rows)[:, None] & m_h[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "positions_held", "capacity"])
+def _rotary_linear_kernel(
+    x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, q,
+    rows, tokens, columns, positions_held, capacity, heads, kv_heads, stride_w,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    HALF: tl.constexpr, CHUNKS: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    i_head, i_chunk = tl.program_id(1) // CHUNKS, tl.program_id(1) % CHUNKS
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = i_chunk * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_m, m_d = o_m < rows, o_d < HALF
+    o_w = i_head * (2 * HALF) + o_d
+    b_low, b_high = _pair_sums(
+        x, weight, o_m, rows, o_w, o_w + HALF, m_d, 0, columns, columns, stride_w,
+        EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if BIAS:
+        b_low += tl.load(bias + o_w, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        b_high += tl.load(bias + o_w + HALF, mask=m_d, other=0.0).to(tl.float32)[None, :]
+
+    m_md, o_d = m_m[:, None] & m_d[None, :], o_d[None, :]
+    if i_head < heads + kv_heads:
+        b_position = tl.load(positions + o_m, mask=m_m, other=0)
+        # Clamped, so that a bad position reads the tables and nothing else.
+        b_position = tl.minimum(tl.maximum(b_position, 0), positions_held - 1).to(tl.int64)[:, None]
+        b_cos = tl.load(cos + b_position * HALF + o_d, mask=m_md, other=0.0)
+        b_sin = tl.load(sin + b_position * HALF + o_d, mask=m_md, other=0.0)
+        b_low, b_high = rotated(b_low, b_high, b_cos, b_sin)
+    b_low, b_high = b_low.to(q.dtype.element_ty), b_high.to(q.dtype.element_ty)
+    if i_head < heads:
+        p_q = q + (o_m.to(tl.int64)[:, None] * heads + i_head) * (2 * HALF) + o_d
+        tl.store(p_q, b_low, mask=m_md)
+        tl.store(p_q + HALF, b_high, mask=m_md)
+    else:
+        o_b = o_m // tokens
+        o_slot = tl.load(kv_len + o_b, mask=m_m, other=0).to(tl.int64) + o_m % tokens
+        m_slot = m_md & ((o_slot >= 0) & (o_slot < capacity))[:, None]
+        o_b, o_slot = o_b.to(tl.int64)[:, None], o_slot[:, None]
+        if i_head < heads + kv_heads:
+            p_k = k_cache + o_b * stride_kb + (i_head - heads).to(tl.int64) * stride_kh + o_slot * stride_ks + o_d
+            tl.store(p_k, b_low, mask=m_slot)
+            tl.store(p_k + HALF, b_high, mask=m_slot)
+        else:
+            i_value = (i_head - heads - kv_heads).to(tl.int64)
+            p_v = v_cache + o_b * stride_vb + i_value * stride_vh + o_slot * stride_vs + o_d
+            tl.store(p_v, b_low, mask=m_slot)
+            tl.store(p_v + HALF, b_high, mask=m_slot)
+
+
+def launch_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: LinearConfig, parts: int | None
+) -> torch.Tensor:
+    """Runs the kernel with an explicit cut; arguments as in `linear`, already checked. No parts: the sum itself."""
+    (batch, tokens, columns), outputs = x.shape, weight.shape[0]
+    rows, steps = batch * tokens, triton.cdiv(columns, config.block_k)
+    leading, dtype = ((), x.dtype) if parts is None else ((parts,), torch.float32)
+    out = torch.empty((*leading, batch, tokens, outputs), dtype=dtype, device=x.device)
+    if out.numel():
+        grid = (triton.cdiv(rows, config.block_m), triton.cdiv(outputs, 2 * config.block_h), parts or 1)
+        _linear_kernel[grid](
+            x.contiguous(), weight, None if bias is None else bias.contiguous(), out, rows, columns, outputs,
+            triton.cdiv(steps, parts or 1) * config.block_k, weight.stride(0),
+            BIAS=bias is not None, **_cut(columns, config),
+        )  # fmt: skip
+    return out
+
+
+def launch_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig) -> torch.Tensor:
+    """Runs the kernel with an explicit cut; arguments as in `gated_linear`, already checked."""
+    (batch, tokens, columns), outputs = x.shape, weight.shape[0] // 2
+    out = torch.empty((batch, tokens, outputs), dtype=x.dtype, device=x.device)
+    if out.numel():
+        grid = (triton.cdiv(batch * tokens, config.block_m), triton.cdiv(outputs, config.block_h))
+        _gated_linear_kernel[grid](
+            x.contiguous(), weight, out, batch * tokens, columns, outputs, weight.stride(0), **_cut(columns, config)
+        )
+    return out
+
+
+def launch_rotary_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    config: LinearConfig,
+) -> torch.Tensor:
+    """Runs the kernel with an explicit cut; arguments as in `rotary_linear`, already checked."""
+    batch, tokens, columns = x.shape
+    _, kv_heads, capacity, head_dim = k_cache.shape
+    heads = weight.shape[0] // head_dim - 2 * kv_heads
+    q = torch.empty((batch, tokens, heads, head_dim), dtype=x.dtype, device=x.device)
+    if q.numel():
+        chunks = triton.cdiv(head_dim // 2, config.block_h)
+        _rotary_linear_kernel[(triton.cdiv(batch * tokens, config.block_m), (heads + 2 * kv_heads) * chunks)](
+            x.contiguous(), weight, None if bias is None else bias.contiguous(), cos.contiguous(), sin.contiguous(),
+            positions.contiguous(), k_cache, v_cache, kv_len.contiguous(), q,
+            batch * tokens, tokens, columns, cos.shape[0], capacity, heads, kv_heads, weight.stride(0),
+            *k_cache.stride()[:3], *v_cache.stride()[:3],
+            HALF=head_dim // 2, CHUNKS=chunks, BIAS=bias is not None, **_cut(columns, config),
+        )  # fmt: skip
+    return q
+
+
+def _cut(columns: int, config: LinearConfig) -> dict[str, int]:
+    return {
+        "EVEN_K": columns % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+    }
+
+
+def _check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Checks what every product needs; True where a kernel serves."""
+    check_tensor("x", x, ("B", "T", "K"), FLOATS)
+    kernel = takes_kernel("x", x)
+    check_tensor("weight", weight, ("N", x.shape[2]), x.dtype, x.device)
+    check_rows_contiguous("weight", weight)
+    if not x.shape[2]:
+        raise ValueError("x: expected at least one column, got none")
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x.dtype, x.device)
+    if kernel:
+        check_tensor("x", x, x.shape, KERNEL_FLOATS)
+        check_forward_only(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    return kernel
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer for few rows, whose bits for a row do not depend on the others.
+
+    Args:
+        x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
+        weight: [N, K], dtype of x, with a contiguous last axis.
+        bias: [N], dtype of x, or None.
+
+    Returns:
+        [B, T, N], contiguous, dtype of x.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or stride. The kernel is forward only (the reference, on CPU, is not):
+            where it serves, also a tensor that requires a gradient while gradients are enabled.
+    """
+    if not _check_product(x, weight, bias):
+        return reference.linear(x, weight, bias)
+    with on_device(x):
+        return launch_linear(x, weight, bias, linear_config(triton.cdiv(weight.shape[0], 2), x.dtype), None)
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A linear layer for few rows as parts whose sum it is, for `add_rms_norm` to add up.
+
+    Args:
+        x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
+        weight: [N, K], dtype of x, with a contiguous last axis.
+
+    Returns:
+        [P, B, T, N], contiguous, fp32 (fp64 of fp64); P follows from the weight's shape.
+
+    Raises:
+        ValueError: as in `linear`.
+    """
+    if not _check_product(x, weight, None):
+        return reference.linear_parts(x, weight)
+    config = parts_config(x.dtype)
+    with on_device(x):
+        return launch_linear(x, weight, None, config, parts_of(weight.shape[0], weight.shape[1], config))
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The first half of a gated feed-forward layer for few rows: silu(x W_gate^T) * (x W_up^T).
+
+    Args:
+        x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
+        weight: [2 * I, K], the gate's rows first, dtype of x, with a contiguous last axis.
+
+    Returns:
+        [B, T, I], contiguous, dtype of x.
+
+    Raises:
+        ValueError: an odd number of rows in weight; else as in `linear`.
+    """
+    kernel = _check_product(x, weight, None)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight: expected an even number of rows, got {weight.shape[0]}")
+    if not kernel:
+        return reference.gated_linear(x, weight)
+    with on_device(x):
+        return launch_gated_linear(x, weight, linear_config(weight.shape[0] // 2, x.dtype))
+
+
+def rotary_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> torch.Tensor:
+    """Makes queries, keys and values of few rows, rotates queries and keys, and writes keys and values into a cache.
+
+    Args:
+        x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
+        weight: [(Hq + 2 Hkv) * D, K], rows of query heads, of key heads, of value heads, with a contiguous last axis.
+        bias: [(Hq + 2 Hkv) * D], dtype of x, or None.
+        cos, sin, positions, k_cache, v_cache, kv_len: as in `rotary_write_kv`.
+
+    Rows that would land past slot S - 1 are dropped.
+
+    Returns:
+        the rotated queries [B, T, Hq, D], contiguous, dtype of x.
+
+    Raises:
+        ValueError: as in `linear` and `rotary_write_kv`.
+    """
+    kernel = _check_product(x, weight, bias)
+    check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len)
+    if not kernel:
+        return reference.rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
+    config = linear_config(weight.shape[0] // 2, x.dtype)
+    with on_device(x):
+        return launch_rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, config)
