@@ -1,6 +1,8 @@
 """Bad input is refused before any decoding, by an error that names what was expected and what came."""
 
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from transformers import OPTConfig
 
 from specvlm import SpecVLM, load
 from specvlm.config import GenerateConfig
-from specvlm.drafts import NGramDraft
+from specvlm.drafts import NGramDraft, load_draft
 from specvlm.state import SlabPool
 from specvlm.targets.hf import HFTarget
-from tests.fakes import VOCAB, picture, prompt_for, tiny_llava, tiny_processor
+from tests.fakes import IMAGE_SIDE, VOCAB, picture, prompt_for, tiny_llava, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +56,9 @@ def no_forward(specvlm, monkeypatch):
         ({"stop_strings": []}, ValueError, r"stop_strings: expected one or more strings .* got \[\]"),
         ({"stop_strings": ["a", ""]}, ValueError, r"stop_strings: .* got \['a', ''\]"),
         ({"num_beams": 4}, TypeError, r"num_beams: expected keywords among attention_mask, .*temperature"),
-        (
-            {"within": 9},
-            TypeError,
-            r"within: expected keywords among attention_mask, .*temperature",
-        ),  # no id of a text is near another
+        ({"within": 9}, TypeError, r"within: expected none, for a text's ids stand in no order, got 9"),
+        ({"ordinal": (0, 9)}, TypeError, r"ordinal: expected none, for a text's ids stand in no order, got \(0, 9\)"),
+        ({"draft": NGramDraft}, TypeError, r"draft: expected a Draft, .* got the class NGramDraft"),
         ({"draft": "eagel-3000/x/y"}, ValueError, r"draft: expected 'ngram'.* got 'eagel-3000/x/y'"),
         ({"draft": 7}, TypeError, r"draft: expected a Draft, a name, a folder or None, got int"),
         ({"max_new_tokens": 600}, ValueError, r"max_new_tokens: expected at most 4\d\d, .* context of 512, got 600"),
@@ -360,3 +360,114 @@ def test_generation_configs_that_change_greedy_answers(setting, value):
     setattr(model.generation_config, setting, value)
     with pytest.raises(ValueError, match=rf"generation config: expected no {setting}, got {re.escape(str(value))}"):
         SpecVLM(model)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    """A target's folder."""
+    folder = tmp_path_factory.mktemp("stored")
+    tiny_llava().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{}", r"target: expected a config.json of a model in .*, got "),
+        ("config.json", "[]", r"target: expected a config.json of a model in .*, got "),
+        (
+            "config.json",
+            '{"model_type": "llava", "text_config": "x"}',
+            r"target: expected a config.json of a model in ",
+        ),
+        ("generation_config.json", "[]", r"target: expected a generation_config.json in .*, got "),
+        ("generation_config.json", '{"eos_token_id": [2', r"target: expected a generation_config.json in .*, got "),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 9999}',
+            r"eos_token_id: expected an integer from 0 to 319, got 9999",
+        ),
+        ("generation_config.json", '{"max_new_tokens": 0}', r"expected a generation_config.json in .*max_new_tokens"),
+        ("generation_config.json", '{"max_time": 3.0}', r"generation config: expected no max_time, got 3.0"),
+        ("processor_config.json", "[]", r"target: expected a processor in .*, got "),
+        ("tokenizer.json", "{}", r"target: expected a processor in .*, got "),
+    ],
+)
+def test_broken_files_of_a_target(stored, tmp_path, name, content, message):
+    folder = tmp_path / "target"
+    shutil.copytree(stored, folder)
+    assert (folder / name).is_file()
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_broken_files_of_a_small_model(stored, tmp_path, name, content):
+    folder = tmp_path / "draft"
+    shutil.copytree(stored, folder)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=r"draft: expected a tokenizer in .*draft, got "):
+        load_draft(folder)
+
+
+def test_eos_ids_of_another_kind():
+    model = tiny_llava()
+    model.generation_config.eos_token_id = "x"
+    with pytest.raises(TypeError, match="generation config: eos_token_id: expected an integer, got 'x'"):
+        SpecVLM(model)
+
+
+def test_lengths_of_a_generation_config_that_are_none():
+    model = tiny_llava()
+    model.generation_config.max_new_tokens = -3
+    with pytest.raises(ValueError, match="generation config: max_new_tokens: expected an integer >= 1, got -3"):
+        SpecVLM(model)
+
+
+def test_targets_and_dtypes_of_another_kind():
+    with pytest.raises(ValueError, match="target: expected a folder, a hub id or demo, got SpecVLM"):
+        load(SpecVLM(tiny_llava()))
+    with pytest.raises(ValueError, match=r"dtype: expected float32, float16, bfloat16, got torch\.float64"):
+        load("demo", dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"image_sizes": torch.tensor([[4, 4]])},
+            "image_sizes: expected none, for all pictures of this model have one",
+        ),
+        (
+            {"pixel_values": torch.zeros(0, 3, IMAGE_SIDE, IMAGE_SIDE)},
+            "pixel_values: expected at least one picture, got none",
+        ),
+        (
+            {"pixel_values": torch.full((1, 3, IMAGE_SIDE, IMAGE_SIDE), torch.nan)},
+            "pixel_values: expected finite numbers, got others",
+        ),
+    ],
+)
+def test_pictures_that_are_none(changes, message):
+    model = tiny_llava()
+    with pytest.raises(ValueError, match=message):
+        SpecVLM(model).generate(**prompt_for(model) | changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([[0, 40]], "image_sizes: expected whole heights and widths of at least 1, got"),
+        ([[-5, 40]], "image_sizes: expected whole heights and widths of at least 1, got"),
+        ([[4000, 40]], r"pixel_values: expected \d patches for pictures of"),
+    ],
+)
+def test_sizes_that_pictures_cannot_have(sizes, message):
+    model = tiny_llava("llava_next")
+    prompt = prompt_for(model)
+    prompt["image_sizes"] = torch.tensor(sizes)
+    prompt["pixel_values"] = prompt["pixel_values"][:, :2]
+    with pytest.raises(ValueError, match=message):
+        SpecVLM(model).generate(**prompt)

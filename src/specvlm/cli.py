@@ -162,7 +162,11 @@ def demo(
     path = picture or Path(tempfile.gettempdir()) / "specvlm-demo.png"
     todo = tasks()
     shown = todo[0]
-    shown.picture.save(path)
+    try:
+        shown.picture.save(path)
+    except (OSError, ValueError) as error:  # the latter of an unknown suffix
+        wanted = "picture: expected where a picture file can be written"
+        raise ValueError(f"{wanted}, got {str(path)!r}: {error}") from error
     model = ModelChoice("demo").load()
     prompts: list[dict[str, Any]] = [model.prepare(task.picture, task.question) for task in todo]
     about = {"picture": str(path), "scene": shown.contents, "question": shown.question}
@@ -405,7 +409,9 @@ def _questions(prompt: str | None, image: list[Path] | None, prompts: Path | Non
         lines = prompts.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: expected UTF-8 in {prompts}, got {error}") from error
-    questions = [_question(line, number, prompts) for number, line in enumerate(lines, 1)]
+    except OSError as error:
+        raise ValueError(f"prompts: expected a file that can be read, got {error}") from error
+    questions = [_question(line, number, prompts) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise ValueError(f"prompts: expected at least one line in {prompts}, got none")
     return questions

@@ -195,6 +195,12 @@ class SpecVLM:
 
     def _decode(self, kwargs: dict[str, Any], draft: Draft | str | Path | None) -> tuple[Iterator[Emitted], int]:
         """The rounds of one answer, and its seed."""
+        for name in ("within", "ordinal"):
+            if name in kwargs:
+                raise TypeError(
+                    f"{name}: expected none, for a text's ids stand in no order, got {kwargs[name]!r}; "
+                    "specvlm_kernels.accept_within is for ids that do"
+                )
         known = self.target.input_names | _OPTIONS
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(f"{', '.join(unknown)}: expected keywords among {', '.join(sorted(known))}")
@@ -210,8 +216,9 @@ class SpecVLM:
         if draft is None:
             return NoDraft()
         found = load_draft(draft) if isinstance(draft, str | Path) else draft
-        if not isinstance(found, Draft):
-            raise TypeError(f"draft: expected a Draft, a name, a folder or None, got {type(draft).__name__}")
+        if not isinstance(found, Draft) or isinstance(found, type):
+            got = f"the class {found.__name__}" if isinstance(found, type) else type(draft).__name__
+            raise TypeError(f"draft: expected a Draft, a name, a folder or None, got {got}")
         found.bind(self.target)
         return found
 

@@ -11,7 +11,7 @@ from specvlm.demo import MODEL_DIR
 from specvlm.drafts import Draft
 from specvlm.targets.base import TargetSpec
 from specvlm.targets.hf import FAMILIES, spec_of
-from specvlm.targets.hf_loading import first_line, load_whole, read_config
+from specvlm.targets.hf_loading import load_whole, read_config, reading
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -39,6 +39,8 @@ def load(
         >>> model = specvlm.load("demo")
         >>> model.ask("scene.png", "What is in the picture?")
     """
+    if not isinstance(target, str | Path):
+        raise ValueError(f"target: expected a folder, a hub id or demo, got {type(target).__name__}")
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -52,6 +54,8 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if wanted not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     precision = wanted or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if str(target) == "demo":
         target, draft = MODEL_DIR, "demo" if draft is None else draft
@@ -81,7 +85,5 @@ def load_spec(target: str | Path) -> TargetSpec:
 
 
 def _processor(target: str | Path) -> Any:
-    try:
+    with reading("target", "a processor", target):
         return AutoProcessor.from_pretrained(target)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # the latter two of a broken tokenizer.json
-        raise ValueError(f"target: expected a processor in {target}, got {first_line(error)}") from error

@@ -12,6 +12,7 @@ from specvlm import SpecVLM
 from specvlm.drafts import Eagle3Config, Eagle3Draft, Eagle3Head
 from specvlm.policies import Eagle2
 from specvlm.state import Limits, Sampling
+from specvlm.targets.hf import HFTarget
 from specvlm.tree import DraftTree, Plan
 from tests.drafts.formula import attention, check_rounds, gated, layer_weights, rms_norm
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava
@@ -87,7 +88,7 @@ def test_draft_logits_follow_the_formula_at_every_level(specvlm, changes, monkey
 
 @torch.no_grad()
 def test_features_are_the_inputs_of_the_tapped_layers_low_to_high(specvlm):
-    target, draft = specvlm.target, random_draft(specvlm)
+    target, draft = HFTarget(specvlm.target.model), random_draft(specvlm)
     assert draft.taps == (2, 3, 3)
     seen: dict[int, Tensor] = {}
 
@@ -103,6 +104,9 @@ def test_features_are_the_inputs_of_the_tapped_layers_low_to_high(specvlm):
         state, prompt = target.prefill(prompt_for(target.model), sampling=sampling, limits=Limits(9), taps=taps)
         state.close()
         assert torch.equal(prompt.features, torch.cat([seen[tap] for tap in taps], dim=-1))
+        state, own = specvlm.target.prefill(prompt_for(target.model), sampling=sampling, limits=Limits(9), taps=taps)
+        state.close()
+        torch.testing.assert_close(own.features, prompt.features, rtol=1e-4, atol=1e-5)
     for hook in hooks:
         hook.remove()
 

@@ -57,7 +57,7 @@ def tasks(count: int = QUESTIONS, seed: int = 0) -> list[Task]:
 
 
 def demo_drafts() -> dict[str | None, Draft | None]:
-    """Every draft that ships, by name, behind autoregressive decoding."""
+    """What the demo measures: drafts of every kind that ships, by name, behind autoregressive decoding."""
     return {None: None, "ngram": load_draft("ngram"), "eagle": load_draft("demo"), "vlm": load_draft("demo-vlm")}
 
 

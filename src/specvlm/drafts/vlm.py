@@ -31,7 +31,7 @@ from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf import FAMILIES, picture_tensors
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
-from specvlm.targets.hf_loading import first_line, load_whole
+from specvlm.targets.hf_loading import load_whole, reading
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 TEXT_FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -269,10 +269,8 @@ class VLMSession:
 def _tokenizer(folder: Path) -> Any | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    try:
+    with reading("draft", "a tokenizer", folder):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"draft: expected a tokenizer in {folder}, got {first_line(error)}") from error
 
 
 def _check_tokenizer(mine: Any, theirs: Any, size: int) -> None:

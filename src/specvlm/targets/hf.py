@@ -13,7 +13,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from specvlm.checks import check_int
 from specvlm.state import DecodeState, Limits, Sampling, Scores, SlabPool, Step, capacity
 from specvlm.targets.base import Prompt, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
@@ -44,6 +46,8 @@ _NEUTRAL: dict[str, Any] = {
     "exponential_decay_length_penalty": None,
     "guidance_scale": 1.0,
     "watermarking_config": None,
+    "stop_strings": None,
+    "max_time": None,
 }
 
 
@@ -284,9 +288,23 @@ def _check_pixels(pixels: Any, image_sizes: Any, config: Any) -> None:
         raise ValueError(f"pixel_values: expected a float tensor {leading} 3, {side}, {side}], got {came}")
     if pixels.ndim != (5 if needs_sizes else 4) or tuple(pixels.shape[-3:]) != (3, side, side):
         raise ValueError(f"pixel_values: expected shape {leading} 3, {side}, {side}], got {list(pixels.shape)}")
-    if needs_sizes and (not isinstance(image_sizes, Tensor) or tuple(image_sizes.shape) != (len(pixels), 2)):
+    if not len(pixels):
+        raise ValueError("pixel_values: expected at least one picture, got none")
+    if not pixels.isfinite().all():
+        raise ValueError("pixel_values: expected finite numbers, got others")
+    if not needs_sizes:
+        if image_sizes is not None:
+            raise ValueError("image_sizes: expected none, for all pictures of this model have one size, got some")
+        return
+    if not isinstance(image_sizes, Tensor) or tuple(image_sizes.shape) != (len(pixels), 2):
         came = str(list(image_sizes.shape)) if isinstance(image_sizes, Tensor) else type(image_sizes).__name__
         raise ValueError(f"image_sizes: expected a tensor [{len(pixels)}, 2] of heights and widths, got {came}")
+    sizes = image_sizes.tolist()
+    if image_sizes.is_floating_point() or min(map(min, sizes)) < 1:
+        raise ValueError(f"image_sizes: expected whole heights and widths of at least 1, got {sizes}")
+    needed = max(image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes)
+    if pixels.shape[1] < needed:
+        raise ValueError(f"pixel_values: expected {needed} patches for pictures of {sizes}, got {pixels.shape[1]}")
 
 
 def spec_of(
@@ -303,10 +321,12 @@ def spec_of(
         ValueError: its generation config wants what decoding here does not do.
     """
     text = config.text_config
-    eos = generation.eos_token_id
     for name, neutral in _NEUTRAL.items():
         if (got := getattr(generation, name, None)) not in (None, neutral):
             raise ValueError(f"generation config: expected no {name}, got {got}")
+    for name in ("max_new_tokens", "max_length"):
+        if (length := getattr(generation, name)) is not None:
+            check_int(f"generation config: {name}", length, low=1)
     media = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return TargetSpec(
         hidden_size=text.hidden_size,
@@ -316,7 +336,7 @@ def spec_of(
         num_kv_heads=text.num_key_value_heads,
         head_dim=head_size(text),
         context=text.max_position_embeddings,
-        eos_ids=frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos),
+        eos_ids=_eos_ids(generation.eos_token_id, text.vocab_size),
         pad_id=generation.pad_token_id,
         media_ids=frozenset(id_ for id_ in media if id_ is not None),
         max_new_tokens=generation.max_new_tokens,
@@ -325,3 +345,12 @@ def spec_of(
         device=device,
         tokenizer=tokenizer,
     )
+
+
+def _eos_ids(told: Any, vocab_size: int) -> frozenset[int]:
+    """An id or several, as a generation config has them, checked; None: none."""
+    ids = told.flatten().tolist() if isinstance(told, Tensor) else told
+    ids = [] if ids is None else ids if isinstance(ids, list | tuple) else [ids]
+    for token in ids:
+        check_int("generation config: eos_token_id", token, low=0, high=vocab_size - 1)
+    return frozenset(ids)
