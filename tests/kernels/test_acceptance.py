@@ -483,6 +483,12 @@ def test_kernel_filters_as_transformers(device, temperature, top_k, top_p):
     assert torch.equal(kept, by_transformers(logits, temperature, top_k, top_p))
 
 
+def test_a_temperature_that_fp32_rounds_to_zero_is_zero():
+    logits, positions = torch.randn(1, 4, 50), torch.zeros(1, 4, dtype=torch.int32)
+    for temperature in (1e-60, torch.tensor([0.0])):
+        assert torch.equal(draw(logits, positions, temperature=temperature, seed=torch.tensor([7])), logits.argmax(-1))
+
+
 def test_reference_settings_of_a_row_are_its_own():
     logits, positions = random_logits(4, 3, 80, seed=8), places(4, 3)
     options = {

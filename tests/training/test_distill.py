@@ -358,6 +358,10 @@ def test_a_gate_learns_to_let_fewer_rows_through_and_its_run_resumes(specvlm, tm
     free, told = run(0.0)
     assert {"balance", "rows", "rows left", "chose all", "chose pool 4", "chose none"} <= told.keys()
     assert sum(share for name, share in told.items() if name.startswith("chose ")) == pytest.approx(1)
+    config, pictures = free.head.config, int((batches[0].inputs["input_ids"] == IMAGE_TOKEN).sum(dim=1).float().mean())
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    products = config.hidden_size * (2 * config.hidden_size + heads + 3 * config.intermediate_size)
+    assert told["GFLOPs saved"] == pytest.approx((1 - told["rows left"]) * pictures * 2 * products / 1e9, rel=1e-4)
     _, pressed = run(1.0)
     assert pressed["rows"] < 0.3 * told["rows"]
     run(0.0, tmp_path / "run.pt", steps=20)

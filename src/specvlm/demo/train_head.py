@@ -6,6 +6,7 @@ number, so a run that was killed resumes to the same weights.
 
 import argparse
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -62,6 +63,7 @@ def measured_tau(model: SpecVLM, draft: Draft) -> float:
 
 def watch(run: Iterable[Progress], config: DistillConfig, log: Path) -> None:
     """Takes a training to its end: a progress bar on the screen, and a line a checkpoint in `log`."""
+    began = time.monotonic()
     with counting_bar("training", config.steps) as show, log.open("a") as lines:
         for at in run:
             tau = "" if at.tau is None else f"  tau {at.tau:.2f}"
@@ -69,7 +71,9 @@ def watch(run: Iterable[Progress], config: DistillConfig, log: Path) -> None:
             if at.step % config.checkpoint_every == 0 or at.step == at.steps:
                 numbers = {"loss": at.loss, **at.parts, "agreement": at.agreement}
                 rounded = {name: round(value, 4) for name, value in numbers.items()}
-                lines.write(json.dumps({"step": at.step, **rounded, "tau": round(at.tau or 0.0, 3)}) + "\n")
+                seconds = round(time.monotonic() - began, 1)  # of this run
+                told = {"step": at.step, "seconds": seconds, **rounded, "tau": round(at.tau or 0.0, 3)}
+                lines.write(json.dumps(told) + "\n")
                 lines.flush()
 
 

@@ -125,10 +125,10 @@ class HeadObjective:
         assert first is not None, "there is a level at least"
         if read.choice is None:
             return Lesson(weighed, first.told(), first.agreement)
-        gate = choice_losses(read.choice)
-        return Lesson(
-            weighed + gate.weighed(config), first.told() | gate.told() | _chosen(read.choice), first.agreement
-        )
+        gate, told = choice_losses(read.choice), _chosen(read.choice)
+        left_out = (1 - read.choice.rows[read.choice.picked]) * taught.image_mask.sum(dim=1)
+        told["GFLOPs saved"] = left_out.mean() * pair_flops(draft.head) / 1e9
+        return Lesson(weighed + gate.weighed(config), first.told() | gate.told() | told, first.agreement)
 
     def _read(self, taught: Prompt, hidden: Tensor, answers: Tensor, number: int) -> Read:
         """The pair of row j's feature and row j + 1's token is to say what the target says behind that token."""
@@ -196,6 +196,13 @@ class ModelObjective:
         logits = draft.own_logits(hidden[row, place - left_out[row]])
         losses = logit_losses(logits, teacher_logits, self._config, vocabulary=draft.vocabulary)
         return Lesson(losses.weighed(self._config), losses.told(), losses.agreement)
+
+
+def pair_flops(head: nn.Module) -> int:
+    """What reading a pair costs a head: two operations a weight of its products, but for attention and its output."""
+    left_out = ("compressor", "lm_head")
+    weights = (p.numel() for name, p in head.named_parameters() if p.ndim == 2 and not name.startswith(left_out))
+    return 2 * sum(weights)
 
 
 def _chosen(choice: Choice) -> dict[str, Tensor]:

@@ -116,15 +116,16 @@ def perturbed(
         [B, N, V] in max(logits' dtype, fp32).
     """
     w = at_least_float(logits)
-    if seed is None or (not isinstance(temperature, torch.Tensor) and temperature == 0):
+    number = None if isinstance(temperature, torch.Tensor) else torch.tensor(temperature, dtype=torch.float32).item()
+    if seed is None or number == 0:
         return w
     if vocabulary is None:
         noise = race_noise(positions.long() + 1, seed, w.shape[-1])
     else:
         noise = race_noise(positions.long() + 1, seed, int(vocabulary.max()) + 1)[..., vocabulary]
-    if not isinstance(temperature, torch.Tensor):
-        return _filtered(w / temperature, top_k, top_p) + noise
-    t = temperature.view(-1, 1, 1)
+    if number is not None:
+        return _filtered(w / number, top_k, top_p) + noise
+    t = per_row(temperature, torch.float32, w)
     return _filtered(w / torch.where(t > 0, t, 1), top_k, top_p) + torch.where(t > 0, noise, 0)
 
 
