@@ -42,7 +42,7 @@ from specvlm.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from specvlm.demo.train_head import BATCH, INTERMEDIATE_SIZE
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
 from specvlm.files import whole
-from specvlm.measuring import measure
+from specvlm.measuring import Row, measure
 from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, distill
 
@@ -211,9 +211,11 @@ def rows_of(corpus: Corpus, args: argparse.Namespace, runs: Sequence[Mapping[str
             rows[-1]["by class"] = by_class(model, mine, seeing)
         print(f"{name}: tau {mean(taus[0.0]):.2f} at 0, {mean(taus[1.0]):.2f} at 1", flush=True)
     firsts: dict[str | None, Any] = {None: None} | {name: head for (name, seed), head in heads.items() if seed == 0}
-    for latest in measure(  # noqa: B007
+    latest: list[Row] = []
+    for measured in measure(
         model, prompts[:: args.per_type], firsts, temperatures=(0.0, 1.0), repeats=args.repeats, max_new_tokens=96
     ):
+        latest = measured
         print(".", end="", flush=True)
     plain = {row.temperature: row.decode.median for row in latest if row.draft is None}
     for row in rows:
