@@ -13,6 +13,7 @@ from specvlm.loading import load, load_spec
 from specvlm.targets.base import TargetSpec
 from specvlm.tree import DraftTree
 from specvlm.vocabulary import count_tokens, most_frequent, read_vocabulary, write_vocabulary
+from tests.drafts.formula import spread
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava, tiny_processor
 
 EOS = 2
@@ -196,7 +197,7 @@ def test_the_logits_are_those_of_the_whole_head(specvlm, spec, whole):
     draft.bind(specvlm.target)
     cut.bind(specvlm.target)
     hidden = torch.randn(1, 3, spec.hidden_size)
-    full, found = draft.logits(hidden), cut.logits(hidden)
+    full, found = (spread(one, one.logits(hidden)) for one in (draft, cut))
     kept = [token for token in (EOS, 120, 150) if full[0, 0, token] > -torch.inf]
     torch.testing.assert_close(found[..., kept], full[..., kept])
     assert (found > -torch.inf).sum() == 3 * len(kept)

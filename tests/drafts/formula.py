@@ -8,7 +8,6 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import VLMDraft
-from specvlm.drafts.growing import spread
 from specvlm.drafts.heads import HeadConfig, HeadDraft
 from specvlm.drafts.pairs import PairDraft
 from specvlm.policies import History, TreePolicy
@@ -85,20 +84,27 @@ class Pausing(TreePolicy):
         return self._plan.width
 
 
+def spread(draft: HeadDraft | VLMDraft, logits: Tensor) -> Tensor:
+    """A draft's logits [..., r] over the target's vocabulary [..., V]; -inf for what it cannot propose."""
+    ids = draft.vocabulary if isinstance(draft, PairDraft | VLMDraft) else None
+    if ids is None:
+        return logits
+    whole = logits.new_full((*logits.shape[:-1], draft.target.spec.vocab_size), -torch.inf)
+    return whole.index_copy_(-1, ids, logits)
+
+
 def recorded(draft: HeadDraft | VLMDraft, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Beam]]:
     """Lists that the draft's logits, over the whole vocabulary, and the beams of its trees go to from now on."""
     logits: list[Tensor] = []
     beams: list[Beam] = []
-    name = "own_logits" if isinstance(draft, PairDraft) else "logits"
-    draft_logits, grow_beam = getattr(draft, name), Growth.beam
+    draft_logits, grow_beam = draft.logits, Growth.beam
 
     def record(hidden: Tensor) -> Tensor:
         found = draft_logits(hidden)
-        ids = draft.vocabulary if isinstance(draft, PairDraft) else None
-        logits.append(found if ids is None else spread(found, ids, draft.head.config.vocab_size))
+        logits.append(spread(draft, found))
         return found
 
-    monkeypatch.setattr(draft, name, record)
+    monkeypatch.setattr(draft, "logits", record)
     monkeypatch.setattr(Growth, "beam", lambda growth: beams.append(grow_beam(growth)) or beams[-1])
     return logits, beams
 

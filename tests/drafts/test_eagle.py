@@ -10,10 +10,9 @@ from torch import Tensor
 
 from specvlm import SpecVLM
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead
-from specvlm.drafts.growing import spread
 from specvlm.policies import Eagle2
 from specvlm.tree import Plan
-from tests.drafts.formula import attention, check_rounds, gated, layer_weights, rms_norm
+from tests.drafts.formula import attention, check_rounds, gated, layer_weights, rms_norm, spread
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava
 
 
@@ -79,7 +78,7 @@ def test_image_tokens_are_never_proposed(specvlm, monkeypatch):
     draft = random_draft(specvlm)
     favoured = torch.zeros(VOCAB)
     favoured[IMAGE_TOKEN] = 1e4
-    monkeypatch.setattr(draft, "own_logits", lambda hidden: draft.target.head(hidden) + favoured)
+    monkeypatch.setattr(draft, "logits", lambda hidden: draft.target.head(hidden) + favoured)
     seen = []
     select = Eagle2.select
     monkeypatch.setattr(Eagle2, "select", lambda *args: seen.append(select(*args)) or seen[-1])
@@ -98,11 +97,11 @@ def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
     assert specvlm.generate(**prompt, max_new_tokens=24, temperature=1.0, draft=draft).tokens == expected
     assert all(token in range(100, 180, 2) for tree in seen for token in tree.tokens[0, 1:][tree.parents[0, 1:] >= 0])
     # The trees are those of logits that are spread over the whole vocabulary.
-    own, trees = draft.own_logits, list(seen)
+    own, trees = draft.logits, list(seen)
     seen.clear()
     whole = random_draft(specvlm)
     whole.head.load_state_dict({x: w for x, w in draft.head.state_dict().items() if x != "vocabulary"})
-    monkeypatch.setattr(whole, "own_logits", lambda hidden: spread(own(hidden), draft.head.vocabulary, VOCAB))
+    monkeypatch.setattr(whole, "logits", lambda hidden: spread(draft, own(hidden)))
     assert specvlm.generate(**prompt, max_new_tokens=24, temperature=1.0, draft=whole).tokens == expected
     assert len(trees) == len(seen)
     for tree, other in zip(trees, seen, strict=True):

@@ -14,7 +14,7 @@ from specvlm.policies import Eagle2
 from specvlm.state import Limits, Sampling
 from specvlm.targets.hf import FAMILIES
 from specvlm.tree import Plan
-from tests.drafts.formula import Pausing, known_chain, recorded
+from tests.drafts.formula import Pausing, known_chain, recorded, spread
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava, tiny_lm, tiny_processor
 
 #: Sizes of a draft: none of them the target's, one head for two or one for itself.
@@ -280,7 +280,11 @@ def test_a_draft_goes_from_a_larger_target_to_one_of_its_own_size(specvlm):
     draft, few = VLMDraft(small("llama", FEWER)), SpecVLM(tiny_llava(vocab_size=200))
     for target in (specvlm.target, few.target, specvlm.target):
         draft.bind(target)
-        assert draft.logits(torch.randn(1, 2, MHA["hidden_size"])).shape == (1, 2, target.spec.vocab_size)
+        assert spread(draft, draft.logits(torch.randn(1, 2, MHA["hidden_size"]))).shape == (
+            1,
+            2,
+            target.spec.vocab_size,
+        )
 
 
 def test_models_of_another_kind():

@@ -14,6 +14,7 @@ from specvlm.training import Batch, DistillConfig, distill, objective_of
 from specvlm.training.objectives import HeadObjective
 from specvlm.training.unrolling import levels
 from specvlm.tree import Beam, Plan
+from tests.drafts.formula import spread
 from tests.fakes import IMAGE_TOKEN, VOCAB, prompt_for, tiny_llava
 
 LEVELS = 5
@@ -69,7 +70,7 @@ def unrolled(specvlm: SpecVLM, draft: PairDraft, batch: Batch) -> list[dict[tupl
         lengths = [int(row.nonzero().max()) + 1 for row in batch.answers]
         starts = [int(read.counts[row].nonzero().max()) for row in range(len(lengths))]  # the last pair that counts
         keys = [(row, starts[row] - place) for row, place in zip(level.row.tolist(), level.place.tolist(), strict=True)]
-        found.append(dict(zip(keys, draft.logits(level.hidden), strict=True)))
+        found.append(dict(zip(keys, spread(draft, draft.logits(level.hidden)), strict=True)))
     return found
 
 
@@ -94,7 +95,8 @@ def test_unrolled_logits_are_those_of_a_chain_in_decoding(specvlm, kind, compres
         hidden = session.append(state.step, state.kv_len)
         for depth in range(LEVELS):
             from_end = length - 2 - root - depth
-            torch.testing.assert_close(draft.logits(hidden)[0, 0], by_level[depth][0, from_end], atol=1e-5, rtol=1e-5)
+            logits = spread(draft, draft.logits(hidden))[0, 0]
+            torch.testing.assert_close(logits, by_level[depth][0, from_end], atol=1e-5, rtol=1e-5)
             seen = torch.tensor([[[(2 << depth) - 1]]])
             beam = Beam(ids[:, root + depth + 1, None], torch.zeros(1, 1, dtype=torch.int64), seen)
             hidden = session.expand(beam, hidden, depth, Plan(LEVELS + 1, LEVELS, 1), state)

@@ -118,5 +118,5 @@ class EagleDraft(PairDraft):
     def vocabulary(self) -> Tensor | None:
         return None if self._reduced is None else self.head.vocabulary
 
-    def own_logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return self.target.head(hidden) if self._reduced is None else hidden @ self._reduced.T

@@ -193,5 +193,5 @@ class Eagle3Draft(PairDraft):
     def vocabulary(self) -> Tensor:
         return self._vocabulary
 
-    def own_logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return self.head.lm_head(self.head.norm(hidden))

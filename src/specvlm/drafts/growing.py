@@ -177,8 +177,3 @@ def draft_slab(state: DecodeState, layers: int, kv_heads: int, head_dim: int) ->
 def rows_of(hidden: Tensor, rows: Tensor) -> Tensor:
     """Rows [B, k] of hidden [B, R, H] -> [B, k, H]."""
     return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def spread(logits: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """Logits [..., r] of `ids` [r] over the whole vocabulary [..., V]; -inf for all others."""
-    return logits.new_full((*logits.shape[:-1], vocab_size), -torch.inf).index_copy_(-1, ids, logits)

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specvlm.checks import check_int
 from specvlm.compressors import Compressor, CompressorConfig, compressor_config
-from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of, spread
+from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
 from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt
@@ -141,14 +141,9 @@ class PairDraft(HeadDraft):
         """[r] int64 ascending, the target's tokens that it can propose; None: all."""
         raise NotImplementedError
 
-    def own_logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., r] of outputs [..., H], over what it can propose."""
         raise NotImplementedError
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of outputs [..., H], over the target's vocabulary; -inf for what it cannot propose."""
-        logits, ids = self.own_logits(hidden), self.vocabulary
-        return logits if ids is None else spread(logits, ids, self.head.config.vocab_size)
 
 
 class PairSession:
@@ -188,7 +183,7 @@ class PairSession:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, R, r] over what the draft can propose."""
-        return self._draft.own_logits(hidden)
+        return self._draft.logits(hidden)
 
     def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         hidden = self._draft.head.compressor.guided(hidden, self._guide)

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of, spread
+from specvlm.drafts.growing import TreeGrower, check_policy, draft_slab, rows_of
 from specvlm.policies import Eagle2, TreePolicy, checked_policy
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
@@ -158,14 +158,9 @@ class VLMDraft:
         table = self.model.get_input_embeddings()
         return table(tokens.clamp(max=table.num_embeddings - 1))
 
-    def own_logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., r] of `forward`'s outputs, over what it can propose."""
         return self.model.lm_head(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of `forward`'s outputs, over the target's vocabulary; -inf for what it cannot propose."""
-        logits, ids = self.own_logits(hidden), self.vocabulary
-        return logits if ids is None else spread(logits, ids, self.target.spec.vocab_size)
 
     def forward(self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep) -> Tensor:
         """Post-final-norm hidden states [B, T, H] for embeddings [B, T, H].
@@ -231,7 +226,7 @@ class VLMSession:
 
     def __init__(self, draft: VLMDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft = draft
-        self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise)
+        self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise, draft.vocabulary)
         embeds, self._left_out = draft.read(prompt)
         batch, length, _ = embeds.shape
         self._slab = draft.slab(state)
@@ -262,7 +257,7 @@ class VLMSession:
         return self._draft.forward(self._draft.embed(beam.tokens), positions, self._slab, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, R, V] over the target's vocabulary."""
+        """Logits [B, R, r] over what the draft can propose."""
         return self._draft.logits(hidden)
 
 

@@ -146,7 +146,7 @@ class HeadObjective:
         wanted = read.wanted[level.row, level.place]
         with torch.no_grad():
             teacher_logits = self._target.head(wanted)
-        found = logit_losses(draft.own_logits(level.hidden), teacher_logits, self._config, vocabulary=draft.vocabulary)
+        found = logit_losses(draft.logits(level.hidden), teacher_logits, self._config, vocabulary=draft.vocabulary)
         if draft.taps is not None or not self._config.feature_weight:  # it reads other features than it is to give
             return found
         return replace(found, parts={**found.parts, "feature": feature_loss(level.hidden, wanted)})
@@ -193,7 +193,7 @@ class ModelObjective:
         row, place = (answers[:, :-1] & answers[:, 1:]).nonzero(as_tuple=True)
         with torch.no_grad():
             teacher_logits = self._target.head(features[row, place])
-        logits = draft.own_logits(hidden[row, place - left_out[row]])
+        logits = draft.logits(hidden[row, place - left_out[row]])
         losses = logit_losses(logits, teacher_logits, self._config, vocabulary=draft.vocabulary)
         return Lesson(losses.weighed(self._config), losses.told(), losses.agreement)
 
