@@ -13,6 +13,7 @@ from specvlm import SpecVLM
 from specvlm.decoder import DEFAULT_MAX_NEW_TOKENS
 from specvlm.drafts import NGramDraft
 from specvlm.drafts.growing import draft_slab
+from specvlm.graphs import PLAIN_DESK
 from specvlm.state import SlabPool
 from specvlm.targets.hf_attention import ATTENTION
 from tests.fakes import IMAGE_TOKEN, ScriptedDraft, picture, prompt_for, tiny_llava, tiny_processor
@@ -220,7 +221,7 @@ def test_idle_slabs_make_room_for_a_drafts(monkeypatch):
     pool = SlabPool(layers=2, kv_heads=1, head_dim=32, dtype=torch.float32, device=torch.device("cpu"))
     slab = pool.borrow(1, 256)
     pool.give_back(pool.borrow(1, 512))
-    state = SimpleNamespace(slab=slab, pool=pool)
+    state = SimpleNamespace(desk=PLAIN_DESK, slab=slab, pool=pool)
     monkeypatch.setattr("specvlm.state.free_bytes", lambda _: slab.nbytes // 2 if pool._idle else slab.nbytes)
     assert draft_slab(state, 2, 1, 32).shape == slab.shape
     with pytest.raises(ValueError, match=r"KV cache: expected at most .* for 1 x 256 positions in 3 layers"):

@@ -1,4 +1,4 @@
-"""Forwards that are recorded once and replayed: the same answers, and who is answered owns what came back."""
+"""Steps of a round that are recorded once and replayed: the same answers, and none disturbs another."""
 
 import gc
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.graphs import CudaRecorder, Recorded
+from specvlm.drafts import EagleDraft
+from specvlm.graphs import CudaRecorder, RecordingDesk
+from specvlm.policies import Eagle2, Sage
 from specvlm.targets.llama import LlamaTarget
 from specvlm.tree import BUCKETS, Plan
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
@@ -14,38 +16,57 @@ from tests.test_kernels_in_decoder import eagle
 
 
 class Recorder:
-    """Replays by calling again, into the outputs of the first call, as a graph does."""
+    """Runs nothing when it records, and the recorded call at each replay, as a graph does."""
 
     def __init__(self):
         self.recordings = self.replays = 0
 
     def __call__(self, call):
         self.recordings += 1
-        outputs = tuple(torch.full_like(one, torch.nan) for one in call())
 
         def replay():
             self.replays += 1
-            for mine, new in zip(outputs, call(), strict=True):
-                mine.copy_(new)
+            call()
 
-        return replay, outputs
+        return replay
 
 
-def test_what_comes_back_stays():
+def test_a_step_runs_once_a_call_and_is_recorded_the_second_time():
     recorder = Recorder()
-    doubled = Recorded(lambda x, y: (2 * x, x + y), (torch.zeros(3), torch.zeros(3)), recorder)
-    first = doubled(torch.ones(3), torch.ones(3))
-    second = doubled(torch.arange(3.0), torch.ones(3))
-    assert [one.tolist() for one in first] == [[2, 2, 2], [2, 2, 2]]
-    assert [one.tolist() for one in second] == [[0, 2, 4], [1, 2, 3]]
-    assert (recorder.recordings, recorder.replays) == (1, 2)
+    desk = RecordingDesk(recorder)
+    (number,) = desk.keep("number", torch.tensor([3.0]))
+    calls = []
+
+    def step():
+        calls.append(1)
+        number.add_(1)
+        return 2 * number, "told"
+
+    for round_ in range(1, 5):
+        doubled, told = desk.run("step", step, (number,), into="doubled")
+        assert (doubled.tolist(), told, len(calls)) == ([2.0 * (3 + round_)], "told", round_)
+    assert (recorder.recordings, recorder.replays) == (1, 3)
 
 
-def test_inputs_that_were_given_are_read_at_each_call_and_not_kept():
-    given = torch.ones(1, 4).expand(3, -1)
-    doubled = Recorded(lambda x: (2 * x,), (given,), Recorder())
-    assert doubled(given + 1)[0].tolist() == [[4.0] * 4] * 3
-    assert given.tolist() == [[1.0] * 4] * 3
+def test_what_is_kept_lies_where_it_lay_and_shapes_have_places_of_their_own():
+    desk = RecordingDesk(Recorder())
+    (first,) = desk.keep("x", torch.ones(2, 3))
+    (other,) = desk.keep("x", torch.ones(2, 4))
+    (second,) = desk.keep("x", torch.full((3, 2), 5.0).T)
+    assert second is first
+    assert other is not first
+    assert first.tolist() == [[5.0] * 3] * 2
+
+
+def test_a_step_that_reads_elsewhere_is_another_one():
+    recorder = Recorder()
+    desk = RecordingDesk(recorder)
+    here, there = torch.tensor([1.0]), torch.tensor([2.0])
+    for _ in range(3):
+        for each in (here, there):
+            (found,) = desk.run("step", lambda each=each: (each + 1,), (each,), into="more")
+            assert found.tolist() == [each.item() + 1]
+    assert recorder.recordings == 2
 
 
 @pytest.fixture
@@ -78,42 +99,89 @@ def test_answers_under_way_at_once_do_not_disturb_each_other(recorded):
     assert said == alone
 
 
+def drafts_of(specvlm):
+    """A head under a policy of one shape, under one of many that looks back, and under the usual noise."""
+    head = eagle(specvlm, Plan(16, 3, 4)).head
+    return (
+        EagleDraft(head, Eagle2(Plan(16, 3, 4))),
+        EagleDraft(head, Sage(depths=(1, 3), widths=(2, 4), nodes=16)),
+        EagleDraft(head, Eagle2(Plan(8, 2, 3)), shared_noise=False),
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}])
+def test_trees_that_are_grown_by_replays_are_those_that_are_not(recorded, settings):
+    specvlm, recorder = recorded
+    plain = SpecVLM.from_target(LlamaTarget(specvlm.target.model))
+    for draft, same in zip(drafts_of(specvlm), drafts_of(plain), strict=True):
+        for seed in range(2):
+            options = prompt_for(specvlm.target.model, seed=seed) | settings | {"seed": seed, "max_new_tokens": 40}
+            got, expected = specvlm.generate(**options, draft=draft), plain.generate(**options, draft=same)
+            assert got.tokens == expected.tokens == plain.generate(**options, draft=None).tokens
+            assert got.stats.accepted_histogram == expected.stats.accepted_histogram
+    assert recorder.replays > recorder.recordings > 0
+
+
+def test_rounds_of_one_shape_are_replayed_whole(recorded):
+    specvlm, recorder = recorded
+    draft = drafts_of(specvlm)[0]
+    options = prompt_for(specvlm.target.model) | {"max_new_tokens": 60}
+    for _ in range(2):
+        specvlm.generate(**options, draft=draft)
+    recordings, replays = recorder.recordings, recorder.replays
+    rounds = specvlm.generate(**options, draft=draft).stats.rounds
+    assert recorder.recordings == recordings
+    assert recorder.replays - replays == 4 * rounds  # grow, verify, accept, commit
+
+
+def test_weights_that_move_are_recorded_anew(recorded):
+    specvlm, _ = recorded
+    draft = drafts_of(specvlm)[0]
+    options = prompt_for(specvlm.target.model) | {"max_new_tokens": 60}
+    before = [specvlm.generate(**options, draft=draft).stats.tau for _ in range(3)]
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in draft.head.parameters():
+            weight.data = torch.randn_like(weight)
+    plain = SpecVLM.from_target(LlamaTarget(specvlm.target.model))
+    expected = plain.generate(**options, draft=EagleDraft(draft.head, draft.policy)).stats.accepted_histogram
+    assert specvlm.generate(**options, draft=draft).stats.accepted_histogram == expected
+    assert len(set(before)) == 1
+
+
 def test_an_answer_that_grows_is_not_recorded_anew_nor_is_the_next(recorded):
     specvlm, recorder = recorded
     prompt = prompt_for(specvlm.target.model)
     specvlm.generate(**prompt, max_new_tokens=40)
-    assert recorder.recordings == 1
+    assert recorder.recordings == 4  # the root's tree, verify, accept, commit
     for new in (90, 7, 60):
         specvlm.generate(**prompt, max_new_tokens=new)
-    assert recorder.recordings == 1
+    assert recorder.recordings == 4
 
 
 def test_after_a_warm_up_nothing_is_left_to_record(recorded):
     specvlm, recorder = recorded
     prompt = prompt_for(specvlm.target.model)
-    idle = len(specvlm.target._pool._idle)
-    assert list(specvlm.target.warm_up(prompt["input_ids"].shape[1] + 40)) == list(BUCKETS)
-    assert recorder.recordings == len(BUCKETS)
-    assert len(specvlm.target._pool._idle) == idle
-    answer = specvlm.generate(**prompt, max_new_tokens=40).tokens
-    for decoys in (0, 1, 4, 9):
-        draft = ScriptedDraft(answer, depth=6, decoys=decoys)
-        assert specvlm.generate(**prompt, max_new_tokens=40, draft=draft).tokens == answer
-    assert recorder.recordings == len(BUCKETS)
-    assert list(LlamaTarget(specvlm.target.model).warm_up(60)) == []
+    draft = drafts_of(specvlm)[0]
+    specvlm.warm_up(**prompt, max_new_tokens=40, draft=draft)
+    recordings = recorder.recordings
+    assert recordings >= len(BUCKETS)
+    answer = specvlm.generate(**prompt, max_new_tokens=40, draft=None).tokens
+    assert specvlm.generate(**prompt, max_new_tokens=40, draft=draft).tokens == answer
+    assert recorder.recordings == recordings
 
 
 def test_what_was_recorded_for_a_slab_goes_with_it(recorded):
     specvlm, _ = recorded
     specvlm.generate(**prompt_for(specvlm.target.model), max_new_tokens=10)
     target = specvlm.target
-    assert len(target._recorded) == 1
+    assert len(target._desks) == 1
     # The stand-in for a graph holds the function, and with it the slab; a graph holds addresses alone.
-    for of_slab in target._recorded.values():
-        of_slab.clear()
+    for desk in target._desks.values():
+        desk._replays.clear()
     target._pool._idle.clear()
     gc.collect()
-    assert len(target._recorded) == 0
+    assert len(target._desks) == 0
 
 
 @pytest.mark.gpu
@@ -145,7 +213,7 @@ def test_two_hundred_answers_neither_record_anew_nor_grow():
             torch.cuda.synchronize()
             memory.append(torch.cuda.memory_allocated())
             if i == 9:
-                recordings = sum(map(len, specvlm.target._recorded.values()))
-    assert sum(map(len, specvlm.target._recorded.values())) == recordings
+                recordings = sum(desk.recordings for desk in specvlm.target._desks.values())
+    assert sum(desk.recordings for desk in specvlm.target._desks.values()) == recordings
     assert max(memory[10:]) <= memory[9] + 2**20
     assert recorder.bytes < 2**30

@@ -105,7 +105,7 @@ def test_trees_are_well_formed(policy, seed, steps):
         assert all(tree.scores[0, i] <= tree.scores[0, parents[i]] for i in nodes)
         assert all(tree.depths[0, i] == tree.depths[0, parents[i]] + 1 <= tree.max_depth for i in nodes)
         history.observe(SimpleNamespace(tokens=[[7] * (round_ + 1)]))
-        history.record(tree, candidates)
+        history.record(tree, candidates.scores[0, candidates.level(1)])
 
 
 def script(children: dict[tuple[int, ...], list[tuple[int, float]]], width: int):
@@ -171,7 +171,7 @@ def history_with(root: list[float], taken: list[int] | None = None) -> History:
     scores = torch.tensor([[math.log(p) for p in root]])
     tokens = torch.arange(len(root))[None]
     candidates = Candidates(torch.tensor([0]), tokens, tokens * 0 - 1, scores, (len(root),))
-    history.record(tree_from_lists([0, 1], [-1, 0], device=CPU), candidates)
+    history.record(tree_from_lists([0, 1], [-1, 0], device=CPU), candidates.scores[0, candidates.level(1)])
     history.taken = taken or []
     return history
 
@@ -225,19 +225,19 @@ def test_opt_tree_grows_one_level_more_than_was_worth_it():
     assert policy.plan(history).depth == 2
     for deepest, planned in ((1, 2), (3, 4), (4, 4)):
         tree = tree_from_lists(list(range(deepest + 1)), list(range(-1, deepest)), device=CPU)
-        history.record(tree, grow([0], Plan(4, 1, 2), [script(TABLE, 2)]))
+        history.record(tree, torch.zeros(2))
         assert policy.plan(history).depth == planned
 
 
 def test_the_walk_down_a_tree_is_told_by_ranks():
     # 0 -> 1 (-0.1), 2 (-0.1), 3 (0.0); 2 -> 4 (-0.5), 5 (-0.2); 5 has none
     tree = tree_from_lists([9, 1, 2, 3, 4, 5], [-1, 0, 0, 0, 2, 2], scores=[0, -0.1, -0.1, 0.0, -0.5, -0.2], device=CPU)
-    empty = grow([0], Plan(4, 1, 2), [script(TABLE, 2)])
+    no_scores = torch.zeros(2)
 
     def outcomes(*accepted: int) -> list[Outcome]:
         history = History(CPU)
         history.observe(SimpleNamespace(tokens=[[9]]))
-        history.record(tree, empty)
+        history.record(tree, no_scores)
         history.observe(SimpleNamespace(tokens=[[9, *accepted, 77]]))
         return history.outcomes()
 

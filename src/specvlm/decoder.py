@@ -4,6 +4,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,16 +15,21 @@ from transformers import PreTrainedModel, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from specvlm.config import GenerateConfig
+from specvlm.console import counting_bar
 from specvlm.drafts import Draft, NoDraft, load_draft
+from specvlm.drafts.base import Rehearsal
 from specvlm.pictures import open_picture
 from specvlm.state import Emitted, Limits, Sampling
 from specvlm.stats import Stats, StatsRecorder
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_loading import first_line
 from specvlm.targets.llama import target_for
+from specvlm.tree import BUCKETS
 
 #: Answers end here when neither the call nor the model's generation config says where.
 DEFAULT_MAX_NEW_TOKENS: Final = 256
+#: Rounds of a warm-up's answers: a step is recorded the second time it comes, behind a first round of its own shape.
+REHEARSED_ROUNDS: Final = 4
 
 _OPTIONS = frozenset(option.name for option in fields(GenerateConfig))
 _LOADED: Any = object()
@@ -56,7 +62,7 @@ def decode(
         while not state.finished:
             tree = session.propose(state)
             scores = target.verify(tree, state)
-            accepted = sampling.accept(tree, scores.logits, state.kv_len)
+            accepted = state.accept(tree, scores)
             yield state.commit(tree, scores, accepted)
 
 
@@ -146,6 +152,31 @@ class SpecVLM:
         what it held. The first round is prefill's token.
         """
         return self._decode(kwargs, draft)[0]
+
+    def warm_up(self, *, draft: Draft | str | Path | None = _LOADED, **kwargs: Any) -> None:
+        """Answers a few rounds, with trees of every size and with the draft, so that the next answers find kernels
+        compiled and, on a GPU, the steps of a round recorded. Shows how far it is.
+
+        A prompt of another length may come to lie in a larger slab, whose steps are recorded as they come; so are
+        those of a policy's other shapes.
+
+        Args:
+            draft, **kwargs: an example, as `generate` takes it.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
+        """
+        names = [f"{nodes} nodes" for nodes in BUCKETS] + 2 * ["the draft"]
+        bound = self.draft if draft is _LOADED else self._bound(draft)
+        drafts: list[Draft] = [Rehearsal(nodes) for nodes in BUCKETS] + 2 * [bound]
+        with counting_bar("warming up", len(drafts)) as show:
+            for done, (name, each) in enumerate(zip(names, drafts, strict=True)):
+                show(done, name)
+                rounds = self._decode(kwargs, each)[0]
+                for _ in islice(rounds, 1 + REHEARSED_ROUNDS):
+                    pass
+                del rounds  # and with it what it held
+            show(len(drafts))
 
     def ask(self, image: Any, question: str, **options: Any) -> str:
         """Answers `question` about `image`: a picture, a picture file, or a list of them.

@@ -14,7 +14,6 @@ from specvlm.decoder import SpecVLM, limits_of
 from specvlm.drafts import NoDraft
 from specvlm.state import Sampling
 from specvlm.targets.base import Target
-from specvlm.tree import root_only
 from specvlm_kernels.reference.acceptance import perturbed
 
 
@@ -84,9 +83,9 @@ def _gap(
     with contextlib.closing(state):
         state.first()
         for _ in range(index):
-            tree = root_only(state.root)
+            tree = state.root_tree()
             scores = target.verify(tree, state)
-            state.commit(tree, scores, sampling.accept(tree, scores.logits, state.kv_len))
+            state.commit(tree, scores, state.accept(tree, scores))
         logits = target.head(state.step.features[:, :1])  # the row whose draw the last token was
         rated = perturbed(
             logits, state.kv_len[:, None] - 1, config.temperature, config.top_k, config.top_p, sampling.seed

@@ -1,21 +1,139 @@
-"""Forwards that are recorded once and then replayed: on a GPU a round is launched by one call instead of hundreds.
+"""The steps of a round, recorded once for a slab and then replayed: on a GPU a step is launched by one call instead of
+hundreds.
 
-A recording has its own copies of its inputs and writes its own outputs. So a call copies the inputs in, replays, and
-copies the outputs out: who calls owns what comes back, and no later replay changes it.
+A recording holds addresses. So what a step reads lies at the same place in every round and in every answer that comes
+to lie in the slab: a `Desk` keeps it there. What a step returns lies on the desk as well, until the next step that
+returns the like; from there the next step reads it, and nothing is copied in between.
 """
 
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-#: Records a call without arguments: gives what replays it, and the tensors that each replay fills.
-Recorder = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Callable[[], Any], tuple[Tensor, ...]]]
+#: Records a call and gives what replays it. Nothing has to have run when it returns.
+Recorder = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+class Desk(Protocol):
+    """Where the steps of an answer's rounds are run, and what they read and return lies; one answer has it at a time.
+
+    Attributes:
+        records: steps are replayed, and so wait for nothing on the host and meet no Python in between.
+    """
+
+    records: bool
+
+    def keep(self, name: str, *given: Tensor) -> tuple[Tensor, ...]:
+        """The tensors' values, where those of that name and these shapes always lie; what lay there is gone."""
+        ...
+
+    def room(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A tensor of that name and shape, contents undefined: the one of the answer before, or a new one."""
+        ...
+
+    def run(
+        self, key: Hashable, step: Callable[[], tuple[Any, ...]], reads: tuple[Tensor, ...], into: str
+    ) -> tuple[Any, ...]:
+        """What `step()` returns, each tensor as `keep` keeps it under the name `into`.
+
+        Args:
+            key: with what `reads` are and where they lie, it says all that the step depends on.
+            step: waits for nothing on the host. What it changes in place, it changes once a call.
+            reads: the tensors whose values may be others at the next call.
+        """
+        ...
+
+
+class PlainDesk:
+    """Runs every step as it comes, and keeps nothing."""
+
+    records = False
+
+    def keep(self, name: str, *given: Tensor) -> tuple[Tensor, ...]:
+        """The tensors themselves."""
+        return given
+
+    def room(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A new tensor."""
+        return make()
+
+    def run(
+        self, key: Hashable, step: Callable[[], tuple[Any, ...]], reads: tuple[Tensor, ...], into: str
+    ) -> tuple[Any, ...]:
+        """What `step()` returns."""
+        return step()
+
+
+PLAIN_DESK = PlainDesk()
+
+
+class RecordingDesk:
+    """Runs a step as it is the first time, for its kernels are compiled and libraries take their workspaces then;
+    records it the second time; and replays it from then on.
+
+    Args:
+        recorder: as `CudaRecorder`.
+    """
+
+    records = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._kept: dict[Hashable, Tensor] = {}
+        self._returned: dict[Hashable, tuple[Any, ...]] = {}
+        self._replays: dict[Hashable, Callable[[], Any]] = {}
+
+    @property
+    def recordings(self) -> int:
+        """How many steps were recorded."""
+        return len(self._replays)
+
+    def keep(self, name: str, *given: Tensor) -> tuple[Tensor, ...]:
+        """Copies of the tensors, unless they lie there already."""
+        return tuple(self._put((name, place), one) for place, one in enumerate(given))
+
+    def room(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """A tensor that stays with the desk."""
+        if (name, shape) not in self._kept:
+            self._kept[name, shape] = make()
+        return self._kept[name, shape]
+
+    def run(
+        self, key: Hashable, step: Callable[[], tuple[Any, ...]], reads: tuple[Tensor, ...], into: str
+    ) -> tuple[Any, ...]:
+        """See `Desk.run`; what is no tensor is returned as it was the first time."""
+        where = key, into, *((one.data_ptr(), one.shape) for one in reads)
+        if where not in self._returned:
+            self._returned[where] = returned = self._put_all(into, step())
+            return returned
+        if where not in self._replays:
+            self._replays[where] = self._recorder(lambda: self._put_all(into, step()))
+        self._replays[where]()
+        return self._returned[where]
+
+    def _put_all(self, name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            self._put((name, place), value) if isinstance(value, Tensor) else value
+            for place, value in enumerate(values)
+        )
+
+    def _put(self, name: Hashable, given: Tensor) -> Tensor:
+        kept = self._kept.get((name, given.shape, given.dtype))
+        if kept is None:
+            with torch.inference_mode(False):  # so that it can be written to in any mode
+                kept = torch.empty(given.shape, dtype=given.dtype, device=given.device)
+            self._kept[name, given.shape, given.dtype] = kept
+        if kept.data_ptr() != given.data_ptr():
+            with torch.no_grad():
+                kept.copy_(given)
+        return kept
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool; they must be replayed one after the other.
+    """Records CUDA graphs that share one memory pool; so they are replayed one after the other.
 
     Args:
         device: the GPU.
@@ -27,47 +145,25 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._lock = threading.RLock()
+        self._last: torch.cuda.Stream | None = None
         self.bytes = 0
 
-    def __call__(self, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], Any], tuple[Tensor, ...]]:
-        with torch.cuda.device(self._device):
-            # Once outside: kernels are compiled and libraries take their workspaces before anything is recorded.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                call()
-            torch.cuda.current_stream().wait_stream(stream)
+    def __call__(self, call: Callable[[], Any]) -> Callable[[], None]:
+        with self._lock, torch.cuda.device(self._device):
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = call()
+                call()
             self._pool = graph.pool()
             self.bytes += max(0, torch.cuda.memory_reserved() - before)
-        return graph.replay, outputs
 
+        def replay() -> None:
+            with self._lock:
+                stream = torch.cuda.current_stream(self._device)
+                if self._last is not None and self._last != stream:
+                    stream.wait_stream(self._last)
+                self._last = stream
+                graph.replay()
 
-class Recorded:
-    """A function of tensors, recorded for inputs of one shape.
-
-    Args:
-        function: of tensors on the device; waits for nothing on the host. It is not kept.
-        inputs: a first set, with which it is recorded.
-        recorder: as `CudaRecorder`.
-    """
-
-    def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], recorder: Recorder
-    ) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # so that they can be written to in any mode
-            self._inputs = tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in inputs)
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        held = self._inputs
-        self._replay, self._outputs = recorder(lambda: function(*held))
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What `function` would return for `inputs`, of the shapes and dtypes it was recorded with."""
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
-        self._replay()
-        return tuple(one.clone() for one in self._outputs)
+        return replay

@@ -72,13 +72,13 @@ class History:
         if self._tree is not None:
             self.taken.append(len(self._accepted))
 
-    def record(self, tree: DraftTree, candidates: Candidates) -> None:
-        """Keeps a round's tree, and the root's children before any were left out."""
+    def record(self, tree: DraftTree, root_scores: Tensor) -> None:
+        """Keeps a round's tree, and the log-probabilities of the root's children before any were left out."""
         tokens, parents, depths, scores = (
             _to_host(each[:1]) for each in (tree.tokens, tree.parents, tree.depths, tree.scores)
         )
         self._tree = DraftTree(tokens, parents, depths, scores, tree.max_depth)
-        self._root_scores = _to_host(candidates.scores[0, candidates.level(1)])
+        self._root_scores = _to_host(root_scores)
 
     def skip(self) -> None:
         """Notes a round without a tree."""
@@ -128,6 +128,8 @@ class TreePolicy(ABC):
     looks_back: bool = True
     #: Whether its plans are `FreePlan`s, which ask for more nodes than a draft that keeps their KV can expand.
     free: bool = False
+    #: Whether what `admit` and `select` do follows from the plan and from what is on the device.
+    on_device: bool = True
 
     @abstractmethod
     def plan(self, history: History) -> Plan:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from specvlm.config import GenerateConfig
+from specvlm.graphs import PLAIN_DESK, Desk
 from specvlm.memory import free_bytes
-from specvlm.tree import BUCKETS, DraftTree
+from specvlm.tree import BUCKETS, DraftTree, root_only
 from specvlm_kernels import Accepted, accept, compact_kv, draw
 
 #: A slab's capacity is a multiple of this, so that prompts of about one length share slabs and graphs.
@@ -39,6 +40,33 @@ class Sampling:
         """The settings of `config` for `batch` prompts; row b draws with seed + b."""
         seeds = torch.tensor([_wrapped(seed + b) for b in range(batch)], dtype=torch.int64)
         return cls(config.temperature, config.top_k, config.top_p, seeds.to(device, non_blocking=True))
+
+    def on(self, desk: Desk) -> "Sampling":
+        """The same settings as tensors that lie on a desk that records, but for those that are off."""
+        if not desk.records:
+            return self
+        given = ("temperature", self.temperature, 0, torch.float32), ("top_k", self.top_k, 0, torch.int64)
+        settings = [self._kept(desk, *one) for one in (*given, ("top_p", self.top_p, 1, torch.float32))]
+        return Sampling(*settings, *desk.keep("seed", self.seed))
+
+    def _kept(self, desk: Desk, name: str, setting: Any, off: float, dtype: torch.dtype) -> Any:
+        if not isinstance(setting, Tensor):
+            if setting == off:
+                return setting
+            setting = torch.full(self.seed.shape, setting, dtype=dtype, device=self.seed.device)
+        return desk.keep(name, setting)[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the settings that are tensors."""
+        settings = self.temperature, self.top_k, self.top_p, self.seed
+        return tuple(setting for setting in settings if isinstance(setting, Tensor))
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """The settings, None where one is a tensor."""
+        settings = self.temperature, self.top_k, self.top_p
+        return tuple(None if isinstance(setting, Tensor) else setting for setting in settings)
 
     def draw(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The target's draws [B, N] from logits [B, N, V] of nodes at `positions` [B, N]."""
@@ -90,6 +118,16 @@ class Step:
     tokens: Tensor
     features: Tensor
     count: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        """[B] the last token emitted: the next tree's root."""
+        tokens = self.tokens
+        return tokens[:, 0] if tokens.shape[1] == 1 else tokens.gather(1, self.count[:, None].long() - 1)[:, 0]
+
+    def copied(self) -> "Step":
+        """The same in tensors of its own."""
+        return Step(self.tokens.clone(), self.features.clone(), self.count.clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +220,7 @@ class DecodeState:
         prompt_ids: the prompt on the host, a list a row.
         tokens: the answer on the host, cut where it ends, a list a row.
         finished: the answer has ended.
+        desk: where the steps of a round are run; on one that records, what stands here lies on it.
         drafting: what every forward of a draft runs in, its output head included; a trace takes the time there.
     """
 
@@ -193,6 +232,7 @@ class DecodeState:
     taps: tuple[int, ...] | None
     prompt_ids: list[list[int]]
     pool: SlabPool
+    desk: Desk = PLAIN_DESK
     tokens: list[list[int]] = field(init=False)
     finished: bool = field(init=False, default=False)
     drafting: Callable[[], AbstractContextManager[None]] = field(init=False, default=nullcontext)
@@ -204,29 +244,55 @@ class DecodeState:
     @property
     def root(self) -> Tensor:
         """[B] the last emitted token, whose KV is not yet computed."""
-        tokens = self.step.tokens
-        return tokens[:, 0] if tokens.shape[1] == 1 else tokens.gather(1, self.step.count[:, None].long() - 1)[:, 0]
+        return self.step.last
+
+    def root_tree(self) -> DraftTree:
+        """The root alone, as `root_only` makes it."""
+
+        step = self.step
+
+        def root() -> tuple[Any, ...]:
+            tree = root_only(step.last)
+            return tree.tokens, tree.parents, tree.depths, tree.scores, tree.max_depth
+
+        return DraftTree(*self.desk.run("root", root, (step.tokens, step.count), into="tree"))
 
     def first(self) -> Emitted:
         """The token that prefill drew."""
-        return self._emit()
+        return self._emit(_told(self.step))
+
+    def accept(self, tree: DraftTree, scores: Scores) -> Accepted:
+        """Walks down the tree along the target's own draws."""
+
+        def walk() -> tuple[Any, ...]:
+            found = self.sampling.accept(tree, scores.logits, self.kv_len)
+            return found.path, found.length, found.next_token
+
+        reads = tree.tokens, tree.parents, tree.depths, scores.logits, self.kv_len, *self.sampling.tensors
+        return Accepted(*self.desk.run(("accept", *self.sampling.numbers), walk, reads, into="accepted"))
 
     def commit(self, tree: DraftTree, scores: Scores, accepted: Accepted) -> Emitted:
         """Ends a round: keeps the KV of the accepted path, advances, and brings the tokens to the host.
 
         Changes the slab, `kv_len`, `step`, `tokens` and, where the answer ends, `finished`.
         """
-        if tree.max_depth:
-            compact_kv(self.slab, self.kv_len, accepted.path, accepted.length)
-            self.step = _step(tree, scores, accepted)
-        else:  # the root alone, which stands where it belongs
-            self.step = Step(accepted.next_token[:, None], scores.features[:, :1], accepted.length + 1)
-        self.kv_len += self.step.count
-        return self._emit()
 
-    def _emit(self) -> Emitted:
-        # The one host synchronisation of a round.
-        counts_and_tokens = torch.cat([self.step.count[:, None].long(), self.step.tokens], dim=1).tolist()
+        def advance() -> tuple[Any, ...]:
+            if tree.max_depth:
+                compact_kv(self.slab, self.kv_len, accepted.path, accepted.length)
+                step = _step(tree, scores, accepted)
+            else:  # the root alone, which stands where it belongs
+                step = Step(accepted.next_token[:, None], scores.features[:, :1], accepted.length + 1)
+            self.kv_len.add_(step.count)
+            return step.tokens, step.features, step.count, _told(step)
+
+        reads = tree.tokens, scores.features, accepted.path, accepted.length, accepted.next_token, self.kv_len
+        *step, told = self.desk.run(("commit", tree.max_depth), advance, reads, into="step")
+        self.step = Step(*step)
+        return self._emit(told)
+
+    def _emit(self, told: Tensor) -> Emitted:
+        counts_and_tokens = told.tolist()  # the one host synchronisation of a round
         emitted = Emitted([], [], [])
         ended = []
         for answer, prompt, (count, *tokens) in zip(self.tokens, self.prompt_ids, counts_and_tokens, strict=True):
@@ -272,3 +338,8 @@ def _step(tree: DraftTree, scores: Scores, accepted: Accepted) -> Step:
     tokens.scatter_(1, accepted.length[:, None].long(), accepted.next_token[:, None])
     features = scores.features.gather(1, rows[..., None].expand(-1, -1, scores.features.shape[-1]))
     return Step(tokens, features, accepted.length + 1)
+
+
+def _told(step: Step) -> Tensor:
+    """[B, 1 + M] int64 what a step tells the host: its count, then its tokens."""
+    return torch.cat([step.count[:, None].long(), step.tokens], dim=1)

@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from specvlm.state import DecodeState
 from specvlm.targets.base import Prompt, Target
-from specvlm.tree import DraftTree, root_only
+from specvlm.tree import DraftTree, tree_from_lists
 
 
 class DraftSession(Protocol):
@@ -52,4 +52,32 @@ class NoDraft:
 
     def propose(self, state: DecodeState) -> DraftTree:
         """The root."""
-        return root_only(state.root)
+        return state.root_tree()
+
+
+class Rehearsal:
+    """Trees of one size that propose the root again and again, for a warm-up. Draft and session in one.
+
+    Args:
+        nodes: how many, root included.
+    """
+
+    taps: tuple[int, ...] | None = None
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+
+    def bind(self, target: Target) -> None:
+        """Fits every target."""
+
+    def start(self, prompt: Prompt, state: DecodeState) -> DraftSession:
+        """Itself."""
+        return self
+
+    def propose(self, state: DecodeState) -> DraftTree:
+        """The root, with children."""
+        if self._nodes == 1:
+            return state.root_tree()
+        children = self._nodes - 1
+        root = state.tokens[0][-1]
+        return tree_from_lists([root] * self._nodes, [-1] + [0] * children, device=state.kv_len.device)

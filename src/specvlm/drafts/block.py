@@ -40,7 +40,7 @@ from specvlm.policies import History, TreePolicy, default_plan
 from specvlm.state import DecodeState
 from specvlm.targets.base import Prompt, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
-from specvlm.tree import DraftTree, FreePlan, Growth, Plan, root_only
+from specvlm.tree import DraftTree, FreePlan, Growth, Plan
 from specvlm_kernels import write_kv
 from specvlm_kernels.drafting import MOST_CHILDREN
 
@@ -237,7 +237,7 @@ class BlockSession:
         """A tree by the draft's policy, from one forward."""
         plan = self._trees.plan(state)
         if plan is None:
-            return root_only(state.root)
+            return state.root_tree()
         plan = replace(plan, depth=min(plan.depth, self._block_size - 1))
         with state.drafting():
             for step, first in self._trees.unread(state):

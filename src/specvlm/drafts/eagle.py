@@ -6,7 +6,7 @@ The head reads pairs of the target's post-final-norm feature at position i and t
 Sources: EAGLE-2 (Li et al., 2024); the optional input layer norm is SpecVLM's; the cut vocabulary is FR-Spec's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,6 +113,11 @@ class EagleDraft(PairDraft):
     def fit(self, target: Target) -> None:
         if self.head.config.draft_vocab_size is not None:
             self._reduced = target.head_rows(self.head.vocabulary).detach()
+
+    def held(self) -> Iterator[Tensor]:
+        yield from super().held()
+        if self._reduced is not None:
+            yield self._reduced
 
     @property
     def vocabulary(self) -> Tensor | None:

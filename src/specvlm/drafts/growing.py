@@ -1,20 +1,31 @@
 """What every draft that grows a tree level by level shares: the levels, the policy, the noise, the unread steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from specvlm.graphs import PLAIN_DESK, Desk
 from specvlm.policies import History, TreePolicy, checked_policy
 from specvlm.state import DecodeState, Step
-from specvlm.tree import Beam, DraftTree, Growth, Plan, root_only
+from specvlm.tree import Beam, DraftTree, Growth, Plan
 from specvlm_kernels import draft_topk
 
 
 class Grower(Protocol):
-    """A draft's forwards, as growth asks for them. Outputs [B, R, H] stay what the draft makes of them."""
+    """A draft's forwards, as growth asks for them. Outputs [B, R, H] stay what the draft makes of them.
+
+    Attributes:
+        recording: what tells the forwards from any others that may be recorded on the answer's desk; None: they are not
+            to be recorded.
+        reads: tensors that they read besides what they are given.
+    """
+
+    recording: Hashable
+    reads: tuple[Tensor, ...]
 
     def append(self, step: Step, first: Tensor) -> Tensor:
         """Reads tokens that the target emitted, at positions from `first` [B] on; the output [B, 1, H] at the last."""
@@ -58,21 +69,50 @@ class TreeGrower:
         """
         plan = self.plan(state)
         if plan is None:
-            return root_only(state.root)
+            return state.root_tree()
         Plan.check_room(plan)  # whatever kind of plan the policy made
-        hidden = self._read(draft, state)
-        growth = Growth(state.root, plan)
+        desk, steps = self._desk(draft, state), self._taken()
+        inside, around = (nullcontext, state.drafting) if desk.records else (state.drafting, nullcontext)
+
+        def grown() -> tuple[Any, ...]:
+            return self._grown(draft, state, steps, plan, inside)
+
+        key = "grow", draft.recording, self._policy, self._shared_noise, plan, *state.sampling.numbers
+        step = steps[-1]
+        reads = step.tokens, step.features, step.count, state.kv_len, *state.sampling.tensors, *draft.reads
+        with around():
+            *tree, root_scores = desk.run(key, grown, reads, into="tree")
+        return self._remembered(DraftTree(*tree), root_scores)
+
+    def _desk(self, draft: Grower, state: DecodeState) -> Desk:
+        """The answer's, unless growth depends on more than the desk is told this time."""
+        told = draft.recording is not None and self._policy.on_device and isinstance(self._policy, Hashable)
+        return state.desk if told and len(self._unread) == 1 else PLAIN_DESK
+
+    def _grown(
+        self,
+        draft: Grower,
+        state: DecodeState,
+        steps: Sequence[Step],
+        plan: Plan,
+        drafting: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[Any, ...]:
+        """The tree, field by field, and the root's children's log-probabilities."""
+        with drafting():
+            for step, first in _placed(steps, state.kv_len):
+                hidden = draft.append(step, first)
+        growth = Growth(steps[-1].last, plan)
         for depth in range(plan.depth):
-            with state.drafting():
+            with drafting():
                 logits = draft.logits(hidden)
             positions = (state.kv_len + depth)[:, None].expand(logits.shape[:2])
             self.extend(growth, *self.children(logits, positions, plan, state), depth, plan)
             if depth + 1 < plan.depth:
                 beam = growth.beam()
                 above = rows_of(hidden, beam.parent_rows)
-                with state.drafting():
+                with drafting():
                     hidden = draft.expand(beam, above, depth, plan, state)
-        return self.select(growth, plan)
+        return self._selected(growth, plan)
 
     def plan(self, state: DecodeState) -> Plan | None:
         """Takes in what the last round emitted, and decides the next tree's shape; None: nothing is drafted.
@@ -84,17 +124,17 @@ class TreeGrower:
         plan = self._policy.plan(self._history)
         if plan.nodes == 1:
             self._history.skip()
+            self._unread[-1] = state.step.copied()  # it may lie on a desk, where the next one will
             return None
         return plan
 
     def unread(self, state: DecodeState) -> Iterator[tuple[Step, Tensor]]:
         """The steps since the draft last read, each with the position [B] of its first token."""
-        steps = merged(self._unread)
-        self._unread = []
-        first = state.kv_len + 1 - torch.stack([step.count for step in steps]).sum(dim=0).int()
-        for step in steps:
-            yield step, first
-            first = first + step.count
+        return _placed(self._taken(), state.kv_len)
+
+    def _taken(self) -> list[Step]:
+        steps, self._unread = merged(self._unread), []
+        return steps
 
     def children(self, logits: Tensor, positions: Tensor, plan: Plan, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The best tokens [B, R, width] below nodes at `positions` [B, R], and their log-probabilities."""
@@ -114,26 +154,36 @@ class TreeGrower:
 
     def select(self, growth: Growth, plan: Plan) -> DraftTree:
         """The policy's tree of all that has grown."""
+        *tree, root_scores = self._selected(growth, plan)
+        return self._remembered(DraftTree(*tree), root_scores)
+
+    def _selected(self, growth: Growth, plan: Plan) -> tuple[Any, ...]:
         candidates = growth.candidates()
         tree = self._policy.select(candidates, plan)
+        root_scores = candidates.scores[0, candidates.level(1)]
+        return tree.tokens, tree.parents, tree.depths, tree.scores, tree.max_depth, root_scores
+
+    def _remembered(self, tree: DraftTree, root_scores: Tensor) -> DraftTree:
         if self._policy.looks_back:
-            self._history.record(tree, candidates)
+            self._history.record(tree, root_scores)
         return tree
 
-    def _read(self, draft: Grower, state: DecodeState) -> Tensor:
-        """Appends what was emitted since the draft last read; the output at the root."""
-        for step, first in self.unread(state):
-            with state.drafting():
-                hidden = draft.append(step, first)
-        return hidden
+
+def _placed(steps: Sequence[Step], kv_len: Tensor) -> Iterator[tuple[Step, Tensor]]:
+    """The steps that end at the root, which stands at `kv_len` [B], each with the position [B] of its first token."""
+    first = kv_len + 1 - torch.stack([step.count for step in steps]).sum(dim=0).int()
+    for step in steps:
+        yield step, first
+        first = first + step.count
 
 
 def merged(steps: Sequence[Step]) -> list[Step]:
     """The steps with every run of single tokens joined into one step of that many; a step with room for more than
     one stands alone, since what follows its tokens is garbage."""
     found: list[Step] = []
-    for single, run in groupby(steps, key=lambda step: step.tokens.shape[1] == 1):
-        if not single:
+    for single, group in groupby(steps, key=lambda step: step.tokens.shape[1] == 1):
+        run = list(group)
+        if not single or len(run) == 1:
             found += run
             continue
         tokens, features, counts = zip(*((step.tokens, step.features, step.count) for step in run), strict=True)
@@ -171,7 +221,8 @@ def draft_slab(state: DecodeState, layers: int, kv_heads: int, head_dim: int) ->
         ValueError: it would not fit the device's free memory.
     """
     _, _, batch, _, slots, _ = state.slab.shape
-    return state.pool.new((layers, 2, batch, kv_heads, slots, head_dim))
+    shape = (layers, 2, batch, kv_heads, slots, head_dim)
+    return state.desk.room("draft's KV", lambda: state.pool.new(shape), shape)
 
 
 def rows_of(hidden: Tensor, rows: Tensor) -> Tensor:

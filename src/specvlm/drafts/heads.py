@@ -1,7 +1,7 @@
 """What drafts share that are a head on the target's features: sizes, a folder on disk, the fit to a target."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -227,6 +227,18 @@ class HeadDraft:
     def sizes(self) -> dict[str, Any]:
         """What its speed hangs on."""
         return self.head.config.settings()
+
+    @property
+    def recording(self) -> Hashable:
+        """What a recording of its forwards depends on: its sizes, and where its weights lie."""
+        weights = (tensor.data_ptr() for tensor in self.held())
+        return self.kind, repr(self.sizes), *weights
+
+    def held(self) -> Iterator[Tensor]:
+        """What its forwards read besides a prompt and tokens."""
+        yield from self.head.parameters()
+        yield from self.head.buffers()
+        yield self.exclude
 
     def start(self, prompt: Prompt, state: DecodeState) -> DraftSession:
         """A session that has read the prompt."""

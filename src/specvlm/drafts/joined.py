@@ -194,6 +194,8 @@ class NGrams:
 class _Joining(TreePolicy):
     """An answer's policy: another one, which chooses among the draft's candidates and the n-gram's."""
 
+    on_device = False
+
     def __init__(self, policy: TreePolicy, texts: list[NGrams]) -> None:
         self._policy, self._texts = policy, texts
         self.looks_back = policy.looks_back

@@ -11,7 +11,7 @@ from itertools import islice
 from specvlm.checks import check_int
 from specvlm.state import DecodeState
 from specvlm.targets.base import Prompt, Target
-from specvlm.tree import BUCKETS, DraftTree, root_only, tree_from_lists
+from specvlm.tree import BUCKETS, DraftTree, tree_from_lists
 
 #: Places of one suffix that are looked at, times the nodes of the tree.
 PLACES = 4
@@ -72,7 +72,7 @@ class NGramSession:
         self._answered = len(answer)
         tokens, parents = self._grow()
         if len(tokens) == 1:
-            return root_only(state.root)
+            return state.root_tree()
         return tree_from_lists(tokens, parents, device=state.kv_len.device)
 
     def _append(self, token: int) -> None:

@@ -8,7 +8,7 @@ Source: EAGLE (Li et al., 2024).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -156,7 +156,10 @@ class PairSession:
         self._context = draft.target.spec.context
         self._slab = draft_slab(state, 1, config.num_key_value_heads, config.head_dim)
         seen, pairs = draft.head.read(prompt)
-        self._guide, self._left_out = seen.guide, prompt.lengths - seen.lengths
+        (self._left_out,) = state.desk.keep("rows left out", prompt.lengths - seen.lengths)
+        self._guide = None if seen.guide is None else state.desk.keep("guide", seen.guide)[0]
+        self.reads: tuple[Tensor, ...] = (self._left_out,) if self._guide is None else (self._left_out, self._guide)
+        self.recording: Hashable = draft.recording
         if pairs.positions.shape[1]:
             draft.head(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
 

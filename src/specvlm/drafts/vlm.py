@@ -9,6 +9,7 @@ equal, the target's output is projected by the draft, and a picture is encoded o
 """
 
 import copy
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,9 @@ class VLMDraft:
 
 class VLMSession:
     """A small model at work on one answer: its KV of what was said, on which each round's tree grows and falls."""
+
+    recording: Hashable = None  # transformers' modeling code, which may look at the host
+    reads: tuple[Tensor, ...] = ()
 
     def __init__(self, draft: VLMDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft = draft

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from specvlm.checks import check_int
+from specvlm.graphs import PLAIN_DESK, Desk
 from specvlm.state import DecodeState, Limits, Sampling, Scores, SlabPool, Step, capacity
 from specvlm.targets.base import Prompt, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
@@ -117,9 +118,12 @@ class HFTarget:
             positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
             kv_len = torch.zeros(batch, dtype=torch.int32, device=input_ids.device)
             hidden, features = self._forward(embeds, positions, slab, AttentionStep(kv_len, None), taps)
+            desk = self._desk(slab)
+            sampling = sampling.on(desk)
             first = sampling.draw(self.head(hidden[:, -1:]), positions[:, -1:])
-            step = Step(first, features[:, -1:], torch.ones_like(kv_len))
-            state = DecodeState(slab, kv_len + length, sampling, limits, step, taps, input_ids.tolist(), self._pool)
+            step = Step(*desk.keep("step", first, features[:, -1:], torch.ones_like(kv_len)))
+            (stored,) = desk.keep("kv_len", kv_len + length)
+            state = DecodeState(slab, stored, sampling, limits, step, taps, input_ids.tolist(), self._pool, desk)
         except BaseException:
             self._pool.give_back(slab)
             raise
@@ -128,26 +132,21 @@ class HFTarget:
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
         """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
         kv_len + i of the state's slab."""
-        logits, features = self._verify(
-            tree.tokens, tree.parents, tree.depths, state.kv_len, slab=state.slab, taps=state.taps
-        )
-        return Scores(logits, features)
+        tokens, parents, depths = state.desk.keep("tree", tree.tokens, tree.parents, tree.depths)
+        kv_len = state.kv_len
 
-    def _verify(
-        self,
-        tokens: Tensor,
-        parents: Tensor,
-        depths: Tensor,
-        kv_len: Tensor,
-        *,
-        slab: Tensor,
-        taps: tuple[int, ...] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """`verify` as a function of tensors: logits and features."""
-        positions = (kv_len[:, None] + depths).clamp(max=self.spec.context - 1)
-        step = AttentionStep(kv_len, pack_ancestors(parents))
-        hidden, features = self._forward(self.embed(tokens), positions, slab, step, taps)
-        return self.head(hidden), features
+        def forward() -> tuple[Tensor, Tensor]:
+            positions = (kv_len[:, None] + depths).clamp(max=self.spec.context - 1)
+            step = AttentionStep(kv_len, pack_ancestors(parents))
+            hidden, features = self._forward(self.embed(tokens), positions, state.slab, step, state.taps)
+            return self.head(hidden), features
+
+        reads = tokens, parents, depths, kv_len
+        return Scores(*state.desk.run(("verify", state.taps), forward, reads, into="scores"))
+
+    def _desk(self, slab: Tensor) -> Desk:
+        """Where the rounds of an answer in that slab are run."""
+        return PLAIN_DESK
 
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> tuple[Prompt, Tensor]:

@@ -6,10 +6,8 @@ values go straight into the slab, and rotary tables come from the model's own ro
 embedding and head are `HFTarget`'s.
 """
 
-import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,11 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from specvlm.graphs import CudaRecorder, Recorded, Recorder
-from specvlm.state import DecodeState, Scores, capacity
+from specvlm.graphs import PLAIN_DESK, CudaRecorder, Desk, Recorder, RecordingDesk
+from specvlm.state import capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, attend, head_size
-from specvlm.tree import BUCKETS, DraftTree
 from specvlm_kernels import (
     add_rms_norm,
     gated_linear,
@@ -133,8 +130,7 @@ class LlamaTarget(HFTarget):
     Args:
         model: in memory, on its device, in its dtype; it is switched to evaluation, and can go on being used.
         tokenizer: for stop strings; None: there is none.
-        recorder: what records the forward of each size of tree, to be replayed; None: `CudaRecorder` on a GPU, nothing
-            on a CPU.
+        recorder: what records the steps of a round, to be replayed; None: `CudaRecorder` on a GPU, nothing on a CPU.
 
     Raises:
         ValueError: the own decoder does not serve the model, or its states are not Hugging Face's; the message says
@@ -148,9 +144,8 @@ class LlamaTarget(HFTarget):
         if recorder is None and self.spec.device.type == "cuda":
             recorder = CudaRecorder(self.spec.device)
         self._recorder = recorder
-        # Of each slab, whose addresses they hold; with it they go.
-        self._recorded: MutableMapping[Tensor, dict[Any, Recorded]] = WeakIdKeyDictionary()
-        self._recording = threading.RLock()
+        # Of each slab, whose addresses its recordings hold; with it they go.
+        self._desks: MutableMapping[Tensor, RecordingDesk] = WeakIdKeyDictionary()
         if reason := why_not(self._language):
             raise ValueError(f"own decoder: {reason}")
         self._decoder = LlamaDecoder(self._language)
@@ -169,48 +164,10 @@ class LlamaTarget(HFTarget):
             return super().head(hidden)
         return linear(hidden, lm_head.weight, lm_head.bias)
 
-    def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
-        """As `HFTarget.verify`; with a recorder, recorded for a slab's first tree of each size, and replayed.
-
-        What is recorded reads lengths from the device, so an answer that grows is never recorded anew. Answers of
-        several threads are replayed one after the other.
-        """
+    def _desk(self, slab: Tensor) -> Desk:
         if self._recorder is None or torch.is_grad_enabled():
-            return super().verify(tree, state)
-        inputs = tree.tokens, tree.parents, tree.depths, state.kv_len
-        return Scores(*self._replayed(inputs, state.slab, state.taps))
-
-    @torch.inference_mode()
-    def warm_up(self, positions: int, taps: tuple[int, ...] | None = None) -> Iterator[int]:
-        """Records the forwards of every size of tree ahead of the first answer; without a recorder, nothing.
-
-        Args:
-            positions: tokens of prompt and answer; longer ones may come to lie in another slab, which has its own.
-            taps: which features the draft reads, as `Draft.taps` says.
-
-        Yields:
-            the size that was recorded, so that a caller can show how far it is.
-        """
-        if self._recorder is None:
-            return
-        slab = self._pool.borrow(1, capacity(positions))
-        try:
-            for nodes in BUCKETS:
-                zeros = torch.zeros(1, nodes, dtype=torch.int32, device=self.spec.device)
-                self._replayed((zeros.long(), zeros - 1, zeros, zeros[:, 0]), slab, taps)
-                yield nodes
-        finally:
-            self._pool.give_back(slab)
-
-    def _replayed(self, inputs: tuple[Tensor, ...], slab: Tensor, taps: tuple[int, ...] | None) -> tuple[Tensor, ...]:
-        assert self._recorder is not None
-        with self._recording:
-            of_slab = self._recorded.setdefault(slab, {})
-            found = of_slab.get(key := (inputs[0].shape, taps))
-            if found is None:
-                verify = partial(self._verify, slab=slab, taps=taps)
-                found = of_slab[key] = Recorded(verify, inputs, self._recorder)
-            return found(*inputs)
+            return PLAIN_DESK
+        return self._desks.setdefault(slab, RecordingDesk(self._recorder))
 
     def _forward(
         self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep, taps: tuple[int, ...] | None
