@@ -6,6 +6,7 @@ import torch
 
 from specvlm.drafts import NGramDraft, NGramSession
 from specvlm.drafts.ngram import PLACES
+from specvlm.tree import root_only
 from tests.fakes import IMAGE_TOKEN
 
 
@@ -15,7 +16,9 @@ def proposal(tokens, answer, media=(), **settings):
     draft.bind(SimpleNamespace(spec=SimpleNamespace(media_ids=frozenset(media))))
     session = NGramSession(draft, tokens)
     state = SimpleNamespace(
-        tokens=[answer], root=torch.tensor([answer[-1]]), kv_len=torch.tensor([len(tokens)], dtype=torch.int32)
+        tokens=[answer],
+        root_tree=lambda: root_only(torch.tensor([answer[-1]])),
+        kv_len=torch.tensor([len(tokens)], dtype=torch.int32),
     )
     tree = session.propose(state)
     used = 1 + int((tree.parents[0] >= 0).sum())

@@ -103,6 +103,8 @@ def assert_close(out: torch.Tensor, case: Case, scale: float | None = None) -> N
     plain = formula(case, out.dtype, scale)
     error = (out.cpu().double() - exact).abs().max()
     floor = 4 * torch.finfo(out.dtype).eps * (1 + exact.abs().max())
+    if out.dtype == torch.float64:  # the formula is rounded as much itself, and plain torch is the formula
+        floor *= 2
     assert error <= 2 * (plain.double() - exact).abs().max() + floor
 
 
