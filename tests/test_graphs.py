@@ -7,10 +7,12 @@ import torch
 
 from specvlm import SpecVLM
 from specvlm.drafts import EagleDraft
+from specvlm.drafts.base import Rehearsal
 from specvlm.graphs import CudaRecorder, RecordingDesk
-from specvlm.policies import Eagle2, Sage
+from specvlm.policies import Eagle2, FixedShape, Sage
 from specvlm.targets.llama import LlamaTarget
 from specvlm.tree import BUCKETS, Plan
+from tests.drafts.test_eagle3 import random_draft as eagle3
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
 from tests.test_kernels_in_decoder import eagle
 
@@ -134,6 +136,30 @@ def test_rounds_of_one_shape_are_replayed_whole(recorded):
     assert recorder.replays - replays == 4 * rounds  # grow, verify, accept, commit
 
 
+def test_trees_of_any_maker_are_laid_where_the_steps_read_them(recorded):
+    specvlm, recorder = recorded
+    options = prompt_for(specvlm.target.model) | {"max_new_tokens": 40}
+    answer = specvlm.generate(**options).tokens
+    made = []
+    for _ in range(3):
+        for depth in (6, 3):  # trees of one size, made on the host anew each round
+            assert specvlm.generate(**options, draft=ScriptedDraft(answer, depth=depth)).tokens == answer
+        made.append((recorder.recordings, [len(desk._returned) for desk in specvlm.target._desks.values()]))
+    assert made[1] == made[2]
+
+
+def test_a_policy_that_cannot_tell_itself_from_another_is_not_recorded(recorded):
+    specvlm, recorder = recorded
+    options = prompt_for(specvlm.target.model) | {"max_new_tokens": 40}
+    head = drafts_of(specvlm)[0].head
+    expected = specvlm.generate(**options).tokens
+    before = recorder.recordings
+    draft = EagleDraft(head, FixedShape([2, 1]))  # a list has no hash
+    assert specvlm.generate(**options, draft=draft).tokens == expected
+    assert not any("grow" in where[0] for desk in specvlm.target._desks.values() for where in desk._returned)
+    assert recorder.recordings > before
+
+
 def test_weights_that_move_are_recorded_anew(recorded):
     specvlm, _ = recorded
     draft = drafts_of(specvlm)[0]
@@ -162,13 +188,17 @@ def test_an_answer_that_grows_is_not_recorded_anew_nor_is_the_next(recorded):
 def test_after_a_warm_up_nothing_is_left_to_record(recorded):
     specvlm, recorder = recorded
     prompt = prompt_for(specvlm.target.model)
-    draft = drafts_of(specvlm)[0]
-    specvlm.warm_up(**prompt, max_new_tokens=40, draft=draft)
-    recordings = recorder.recordings
-    assert recordings >= len(BUCKETS)
-    answer = specvlm.generate(**prompt, max_new_tokens=40, draft=None).tokens
-    assert specvlm.generate(**prompt, max_new_tokens=40, draft=draft).tokens == answer
-    assert recorder.recordings == recordings
+    answer = SpecVLM.from_target(LlamaTarget(specvlm.target.model)).generate(**prompt, max_new_tokens=40).tokens
+    for draft in (drafts_of(specvlm)[0], eagle3(specvlm, Plan(16, 3, 4))):
+        before = recorder.recordings
+        specvlm.warm_up(**prompt, max_new_tokens=40, draft=draft)
+        recordings = recorder.recordings
+        assert recordings >= before + len(BUCKETS), "a draft of other features has verify record those"
+        assert specvlm.generate(**prompt, max_new_tokens=40, draft=draft).tokens == answer
+        for nodes in BUCKETS:
+            rehearsal = Rehearsal(nodes, draft.taps)
+            assert specvlm.generate(**prompt, max_new_tokens=40, draft=rehearsal).tokens == answer
+        assert recorder.recordings == recordings
 
 
 def test_what_was_recorded_for_a_slab_goes_with_it(recorded):

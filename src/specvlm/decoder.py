@@ -168,7 +168,7 @@ class SpecVLM:
         """
         names = [f"{nodes} nodes" for nodes in BUCKETS] + 2 * ["the draft"]
         bound = self.draft if draft is _LOADED else self._bound(draft)
-        drafts: list[Draft] = [Rehearsal(nodes) for nodes in BUCKETS] + 2 * [bound]
+        drafts: list[Draft] = [Rehearsal(nodes, bound.taps) for nodes in BUCKETS] + 2 * [bound]
         with counting_bar("warming up", len(drafts)) as show:
             for done, (name, each) in enumerate(zip(names, drafts, strict=True)):
                 show(done, name)

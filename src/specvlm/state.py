@@ -221,7 +221,8 @@ class DecodeState:
         tokens: the answer on the host, cut where it ends, a list a row.
         finished: the answer has ended.
         desk: where the steps of a round are run; on one that records, what stands here lies on it.
-        drafting: what every forward of a draft runs in, its output head included; a trace takes the time there.
+        drafting: what every forward of a draft runs in, its output head included, or the whole of a growth that may be
+            replayed; a trace takes the time there.
     """
 
     slab: Tensor
@@ -248,7 +249,6 @@ class DecodeState:
 
     def root_tree(self) -> DraftTree:
         """The root alone, as `root_only` makes it."""
-
         step = self.step
 
         def root() -> tuple[Any, ...]:
@@ -257,12 +257,18 @@ class DecodeState:
 
         return DraftTree(*self.desk.run("root", root, (step.tokens, step.count), into="tree"))
 
+    def laid(self, tree: DraftTree) -> DraftTree:
+        """The tree where every step of a round reads it, whoever made it."""
+        tokens, parents, depths, scores = self.desk.keep("tree", tree.tokens, tree.parents, tree.depths, tree.scores)
+        return DraftTree(tokens, parents, depths, scores, tree.max_depth)
+
     def first(self) -> Emitted:
         """The token that prefill drew."""
         return self._emit(_told(self.step))
 
     def accept(self, tree: DraftTree, scores: Scores) -> Accepted:
         """Walks down the tree along the target's own draws."""
+        tree = self.laid(tree)
 
         def walk() -> tuple[Any, ...]:
             found = self.sampling.accept(tree, scores.logits, self.kv_len)
@@ -276,6 +282,7 @@ class DecodeState:
 
         Changes the slab, `kv_len`, `step`, `tokens` and, where the answer ends, `finished`.
         """
+        tree = self.laid(tree)
 
         def advance() -> tuple[Any, ...]:
             if tree.max_depth:

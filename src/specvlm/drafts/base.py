@@ -55,29 +55,20 @@ class NoDraft:
         return state.root_tree()
 
 
-class Rehearsal:
-    """Trees of one size that propose the root again and again, for a warm-up. Draft and session in one.
+class Rehearsal(NoDraft):
+    """Trees of one size that propose the root again and again, for a warm-up.
 
     Args:
         nodes: how many, root included.
+        taps: of the draft that is to come.
     """
 
-    taps: tuple[int, ...] | None = None
-
-    def __init__(self, nodes: int) -> None:
-        self._nodes = nodes
-
-    def bind(self, target: Target) -> None:
-        """Fits every target."""
-
-    def start(self, prompt: Prompt, state: DecodeState) -> DraftSession:
-        """Itself."""
-        return self
+    def __init__(self, nodes: int, taps: tuple[int, ...] | None) -> None:
+        self._nodes, self.taps = nodes, taps
 
     def propose(self, state: DecodeState) -> DraftTree:
         """The root, with children."""
         if self._nodes == 1:
             return state.root_tree()
-        children = self._nodes - 1
-        root = state.tokens[0][-1]
-        return tree_from_lists([root] * self._nodes, [-1] + [0] * children, device=state.kv_len.device)
+        parents = [-1] + [0] * (self._nodes - 1)
+        return tree_from_lists([state.tokens[0][-1]] * self._nodes, parents, device=state.kv_len.device)

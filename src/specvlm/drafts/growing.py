@@ -59,6 +59,7 @@ class TreeGrower:
         self._policy, self._exclude, self._shared_noise = policy, exclude, shared_noise
         self._vocabulary = vocabulary
         self._history = History(exclude.device)
+        self._recordable = policy.on_device and _hashable(policy)
         self._unread: list[Step] = []
 
     def grow(self, draft: Grower, state: DecodeState) -> DraftTree:
@@ -86,8 +87,8 @@ class TreeGrower:
 
     def _desk(self, draft: Grower, state: DecodeState) -> Desk:
         """The answer's, unless growth depends on more than the desk is told this time."""
-        told = draft.recording is not None and self._policy.on_device and isinstance(self._policy, Hashable)
-        return state.desk if told and len(self._unread) == 1 else PLAIN_DESK
+        told = self._recordable and draft.recording is not None and len(self._unread) == 1
+        return state.desk if told else PLAIN_DESK
 
     def _grown(
         self,
@@ -167,6 +168,15 @@ class TreeGrower:
         if self._policy.looks_back:
             self._history.record(tree, root_scores)
         return tree
+
+
+def _hashable(policy: TreePolicy) -> bool:
+    """Whether a policy can tell its recordings from another's; one with a list among its fields cannot."""
+    try:
+        hash(policy)
+    except TypeError:
+        return False
+    return True
 
 
 def _placed(steps: Sequence[Step], kv_len: Tensor) -> Iterator[tuple[Step, Tensor]]:

@@ -8,7 +8,7 @@ Source: EAGLE (Li et al., 2024).
 """
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -135,6 +135,11 @@ class PairDraft(HeadDraft):
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
         return PairSession(copy.copy(self), prompt, state)  # it keeps this target, whatever else is bound meanwhile
+
+    def held(self) -> Iterator[Tensor]:
+        yield from super().held()
+        if self.vocabulary is not None:
+            yield self.vocabulary
 
     @property
     def vocabulary(self) -> Tensor | None:

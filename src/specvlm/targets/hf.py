@@ -132,16 +132,15 @@ class HFTarget:
     def verify(self, tree: DraftTree, state: DecodeState) -> Scores:
         """One forward of the tree [B, N]: logits [B, N, V] and features [B, N, F]; KV of node i goes to slot
         kv_len + i of the state's slab."""
-        tokens, parents, depths = state.desk.keep("tree", tree.tokens, tree.parents, tree.depths)
-        kv_len = state.kv_len
+        tree, kv_len = state.laid(tree), state.kv_len
 
         def forward() -> tuple[Tensor, Tensor]:
-            positions = (kv_len[:, None] + depths).clamp(max=self.spec.context - 1)
-            step = AttentionStep(kv_len, pack_ancestors(parents))
-            hidden, features = self._forward(self.embed(tokens), positions, state.slab, step, state.taps)
+            positions = (kv_len[:, None] + tree.depths).clamp(max=self.spec.context - 1)
+            step = AttentionStep(kv_len, pack_ancestors(tree.parents))
+            hidden, features = self._forward(self.embed(tree.tokens), positions, state.slab, step, state.taps)
             return self.head(hidden), features
 
-        reads = tokens, parents, depths, kv_len
+        reads = tree.tokens, tree.parents, tree.depths, kv_len
         return Scores(*state.desk.run(("verify", state.taps), forward, reads, into="scores"))
 
     def _desk(self, slab: Tensor) -> Desk:
