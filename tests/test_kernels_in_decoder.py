@@ -18,7 +18,8 @@ LAUNCHERS = {
     "acceptance": ("launch_draw", "launch_walk"),
     "drafting": ("launch_draft_topk",),
     "decoder_ops": ("launch_add_rms_norm",),
-    "decoder_linear": ("launch_rotary_linear", "launch_linear", "launch_gated_linear"),
+    "decoder_linear": ("launch_linear", "launch_gated_linear"),
+    "rotary": ("launch_rotary_linear",),
 }
 
 

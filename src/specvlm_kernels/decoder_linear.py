@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ._checks import FLOATS, KERNEL_FLOATS, check_forward_only, check_rows_contiguous, check_tensor
 from ._dispatch import on_device, takes_kernel
-from .decoder_ops import check_rotary_cache, gated, rotated
+from .decoder_ops import gated
 from .reference import decoder_linear as reference
 
 #: Rows beyond which a matrix library's product is the better one: it is no longer the weights that cost.
@@ -77,7 +77,7 @@ def parts_of(rows: int, columns: int, config: LinearConfig) -> int:
 
 
 @triton.jit
-def _pair_sums(
+def pair_sums(
     x, weight, o_m, rows, o_low, o_high, m_h, first, last, columns, stride_w,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _linear_kernel(
     # Both halves load where the first half's rows are; the high rows past the end are read from row 0 instead.
     m_high = o_high < outputs
     first = tl.multiple_of(i_part * span, BLOCK_K)
-    b_low, b_high = _pair_sums(
+    b_low, b_high = pair_sums(
         x, weight, o_m, rows, o_low, tl.where(m_high, o_high, 0), o_low < outputs, first,
         tl.minimum(first + span, columns), columns, stride_w, EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
     )  # fmt: skip
@@ -136,62 +136,12 @@ def _gated_linear_kernel(
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_gate = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = o_gate < outputs
-    b_gate, b_up = _pair_sums(
+    b_gate, b_up = pair_sums(
         x, weight, o_m, rows, o_gate, o_gate + outputs, m_h, 0, columns, columns, stride_w,
         EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
     )  # fmt: skip
     p_out = out + o_m.to(tl.int64)[:, None] * outputs + o_gate[None, :]
     tl.store(p_out, gated(b_gate, b_up).to(out.dtype.element_ty), mask=(o_m < rows)[:, None] & m_h[None, :])
-
-
-@triton.jit(do_not_specialize=["rows", "tokens", "positions_held", "capacity"])
-def _rotary_linear_kernel(
-    x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, q,
-    rows, tokens, columns, positions_held, capacity, heads, kv_heads, stride_w,
-    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    HALF: tl.constexpr, CHUNKS: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    i_head, i_chunk = tl.program_id(1) // CHUNKS, tl.program_id(1) % CHUNKS
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = i_chunk * BLOCK_H + tl.arange(0, BLOCK_H)
-    m_m, m_d = o_m < rows, o_d < HALF
-    o_w = i_head * (2 * HALF) + o_d
-    b_low, b_high = _pair_sums(
-        x, weight, o_m, rows, o_w, o_w + HALF, m_d, 0, columns, columns, stride_w,
-        EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
-    )  # fmt: skip
-    if BIAS:
-        b_low += tl.load(bias + o_w, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        b_high += tl.load(bias + o_w + HALF, mask=m_d, other=0.0).to(tl.float32)[None, :]
-
-    m_md, o_d = m_m[:, None] & m_d[None, :], o_d[None, :]
-    if i_head < heads + kv_heads:
-        b_position = tl.load(positions + o_m, mask=m_m, other=0)
-        # Clamped, so that a bad position reads the tables and nothing else.
-        b_position = tl.minimum(tl.maximum(b_position, 0), positions_held - 1).to(tl.int64)[:, None]
-        b_cos = tl.load(cos + b_position * HALF + o_d, mask=m_md, other=0.0)
-        b_sin = tl.load(sin + b_position * HALF + o_d, mask=m_md, other=0.0)
-        b_low, b_high = rotated(b_low, b_high, b_cos, b_sin)
-    b_low, b_high = b_low.to(q.dtype.element_ty), b_high.to(q.dtype.element_ty)
-    if i_head < heads:
-        p_q = q + (o_m.to(tl.int64)[:, None] * heads + i_head) * (2 * HALF) + o_d
-        tl.store(p_q, b_low, mask=m_md)
-        tl.store(p_q + HALF, b_high, mask=m_md)
-    else:
-        o_b = o_m // tokens
-        o_slot = tl.load(kv_len + o_b, mask=m_m, other=0).to(tl.int64) + o_m % tokens
-        m_slot = m_md & ((o_slot >= 0) & (o_slot < capacity))[:, None]
-        o_b, o_slot = o_b.to(tl.int64)[:, None], o_slot[:, None]
-        if i_head < heads + kv_heads:
-            p_k = k_cache + o_b * stride_kb + (i_head - heads).to(tl.int64) * stride_kh + o_slot * stride_ks + o_d
-            tl.store(p_k, b_low, mask=m_slot)
-            tl.store(p_k + HALF, b_high, mask=m_slot)
-        else:
-            i_value = (i_head - heads - kv_heads).to(tl.int64)
-            p_v = v_cache + o_b * stride_vb + i_value * stride_vh + o_slot * stride_vs + o_d
-            tl.store(p_v, b_low, mask=m_slot)
-            tl.store(p_v + HALF, b_high, mask=m_slot)
 
 
 def launch_linear(
@@ -207,7 +157,7 @@ def launch_linear(
         _linear_kernel[grid](
             x.contiguous(), weight, None if bias is None else bias.contiguous(), out, rows, columns, outputs,
             triton.cdiv(steps, parts or 1) * config.block_k, weight.stride(0),
-            BIAS=bias is not None, **_cut(columns, config),
+            BIAS=bias is not None, **cut(columns, config),
         )  # fmt: skip
     return out
 
@@ -219,41 +169,12 @@ def launch_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: LinearCon
     if out.numel():
         grid = (triton.cdiv(batch * tokens, config.block_m), triton.cdiv(outputs, config.block_h))
         _gated_linear_kernel[grid](
-            x.contiguous(), weight, out, batch * tokens, columns, outputs, weight.stride(0), **_cut(columns, config)
+            x.contiguous(), weight, out, batch * tokens, columns, outputs, weight.stride(0), **cut(columns, config)
         )
     return out
 
 
-def launch_rotary_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_len: torch.Tensor,
-    config: LinearConfig,
-) -> torch.Tensor:
-    """Runs the kernel with an explicit cut; arguments as in `rotary_linear`, already checked."""
-    batch, tokens, columns = x.shape
-    _, kv_heads, capacity, head_dim = k_cache.shape
-    heads = weight.shape[0] // head_dim - 2 * kv_heads
-    q = torch.empty((batch, tokens, heads, head_dim), dtype=x.dtype, device=x.device)
-    if q.numel():
-        chunks = triton.cdiv(head_dim // 2, config.block_h)
-        _rotary_linear_kernel[(triton.cdiv(batch * tokens, config.block_m), (heads + 2 * kv_heads) * chunks)](
-            x.contiguous(), weight, None if bias is None else bias.contiguous(), cos.contiguous(), sin.contiguous(),
-            positions.contiguous(), k_cache, v_cache, kv_len.contiguous(), q,
-            batch * tokens, tokens, columns, cos.shape[0], capacity, heads, kv_heads, weight.stride(0),
-            *k_cache.stride()[:3], *v_cache.stride()[:3],
-            HALF=head_dim // 2, CHUNKS=chunks, BIAS=bias is not None, **_cut(columns, config),
-        )  # fmt: skip
-    return q
-
-
-def _cut(columns: int, config: LinearConfig) -> dict[str, int]:
+def cut(columns: int, config: LinearConfig) -> dict[str, int]:
     return {
         "EVEN_K": columns % config.block_k == 0,
         "BLOCK_M": config.block_m,
@@ -264,7 +185,7 @@ def _cut(columns: int, config: LinearConfig) -> dict[str, int]:
     }
 
 
-def _check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Checks what every product needs; True where a kernel serves."""
     check_tensor("x", x, ("B", "T", "K"), FLOATS)
     kernel = takes_kernel("x", x)
@@ -295,7 +216,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: a wrong shape, dtype, device or stride. The kernel is forward only (the reference, on CPU, is not):
             where it serves, also a tensor that requires a gradient while gradients are enabled.
     """
-    if not _check_product(x, weight, bias):
+    if not check_product(x, weight, bias):
         return reference.linear(x, weight, bias)
     with on_device(x):
         return launch_linear(x, weight, bias, linear_config(triton.cdiv(weight.shape[0], 2), x.dtype), None)
@@ -314,7 +235,7 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: as in `linear`.
     """
-    if not _check_product(x, weight, None):
+    if not check_product(x, weight, None):
         return reference.linear_parts(x, weight)
     config = parts_config(x.dtype)
     with on_device(x):
@@ -334,46 +255,10 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: an odd number of rows in weight; else as in `linear`.
     """
-    kernel = _check_product(x, weight, None)
+    kernel = check_product(x, weight, None)
     if weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows, got {weight.shape[0]}")
     if not kernel:
         return reference.gated_linear(x, weight)
     with on_device(x):
         return launch_gated_linear(x, weight, linear_config(weight.shape[0] // 2, x.dtype))
-
-
-def rotary_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_len: torch.Tensor,
-) -> torch.Tensor:
-    """Makes queries, keys and values of few rows, rotates queries and keys, and writes keys and values into a cache.
-
-    Args:
-        x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
-        weight: [(Hq + 2 Hkv) * D, K], rows of query heads, of key heads, of value heads, with a contiguous last axis.
-        bias: [(Hq + 2 Hkv) * D], dtype of x, or None.
-        cos, sin, positions, k_cache, v_cache, kv_len: as in `rotary_write_kv`.
-
-    Rows that would land past slot S - 1 are dropped.
-
-    Returns:
-        the rotated queries [B, T, Hq, D], contiguous, dtype of x.
-
-    Raises:
-        ValueError: as in `linear` and `rotary_write_kv`.
-    """
-    kernel = _check_product(x, weight, bias)
-    check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len)
-    if not kernel:
-        return reference.rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
-    config = linear_config(weight.shape[0] // 2, x.dtype)
-    with on_device(x):
-        return launch_rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, config)

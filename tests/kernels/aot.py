@@ -32,18 +32,18 @@ from specvlm_kernels.attention_config import TreeAttentionConfig, default_config
 from specvlm_kernels.decoder_linear import (
     launch_gated_linear,
     launch_linear,
-    launch_rotary_linear,
     linear_config,
     parts_config,
     parts_of,
 )
-from specvlm_kernels.decoder_ops import launch_add_rms_norm, launch_gated_silu, launch_rotary_write_kv
+from specvlm_kernels.decoder_ops import launch_add_rms_norm, launch_gated_silu
 from specvlm_kernels.distillation import SOFT_CROSS_ENTROPY, TOTAL_VARIATION, LossKernels, launch_grad, launch_loss
 from specvlm_kernels.drafting import launch_draft_topk
 from specvlm_kernels.kv_cache import launch_compact_kv, launch_write_kv
 from specvlm_kernels.noise import launch_noise
 from specvlm_kernels.ratio_acceptance import launch_accept_ratio
 from specvlm_kernels.relaxed_acceptance import launch_accept_typical
+from specvlm_kernels.rotary import launch_rotary_linear, launch_rotary_write_kv
 from specvlm_kernels.token_pooling import (
     launch_conv_tokens,
     launch_conv_tokens_backward_tokens,

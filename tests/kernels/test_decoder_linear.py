@@ -8,20 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-from specvlm_kernels import add_rms_norm, gated_linear, linear, linear_parts, rotary_linear
+from specvlm_kernels import add_rms_norm, gated_linear, linear, linear_parts
 from specvlm_kernels.decoder_linear import (
     FILLING_PROGRAMS,
-    LinearConfig,
     _gated_linear_kernel,
     _linear_kernel,
-    _rotary_linear_kernel,
     launch_linear,
-    launch_rotary_linear,
     linear_config,
     parts_config,
     parts_of,
 )
-from tests.kernels.test_decoder_ops import exact_rotation, rotary_case
 from tests.kernels.tokens import assert_close, moved, normal
 from tests.kernels.watch import launched
 
@@ -100,43 +96,6 @@ def test_the_norm_adds_up_what_the_product_was_cut_into(device, parts):
     torch.testing.assert_close(total.cpu().double(), exact, rtol=2e-5, atol=2e-5)
 
 
-@st.composite
-def rotary_products(draw):
-    kv_heads, head_dim = draw(st.integers(1, 2)), draw(st.sampled_from([2, 6, 72]))
-    batch, rows = draw(st.integers(1, 2)), draw(st.sampled_from([0, 1, 17, 33]))
-    heads, dtype = kv_heads * draw(st.integers(1, 2)), draw(st.sampled_from(INTERPRETED_DTYPES))
-    case = rotary_case(batch, rows, heads, kv_heads, head_dim, draw(st.sampled_from([1, 20, 40])), dtype)
-    width = case.pop("qkv").shape[2]
-    bias, columns = draw(st.booleans()), draw(st.sampled_from([3, 64, 100]))
-    return case | {"bias": None} | product_case(rows, columns, width, batch=batch, dtype=dtype, bias=bias)
-
-
-def check_rotary(case, device):
-    rotation = {name: one for name, one in case.items() if name not in ("x", "weight", "bias")}
-    exact = exact_rotation(exact_product(case["x"], case["weight"], case["bias"]), **rotation)
-    given = moved(case, device)
-    given |= {name: given[name].clone() for name in ("k_cache", "v_cache")}
-    q = rotary_linear(**given)
-    assert_close([q, given["k_cache"], given["v_cache"]], exact, [one.to(case["x"].dtype) for one in exact])
-
-
-@settings(max_examples=12, deadline=None)
-@given(case=rotary_products())
-def test_rotary_kernel(device, case):
-    if case["x"].numel():
-        with launched(_rotary_linear_kernel):
-            check_rotary(case, device)
-    else:
-        check_rotary(case, device)
-
-
-@settings(max_examples=40, deadline=None)
-@given(case=rotary_products())
-def test_rotary_reference(case):
-    if case["x"].dtype == torch.float32:  # in fp16 the product is rounded before it is turned
-        check_rotary(case, "cpu")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_references(dtype):
     case = product_case(3, 40, 10, batch=2, dtype=dtype)
@@ -152,16 +111,11 @@ def test_references(dtype):
 def test_a_row_does_not_hang_on_its_company(device):
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     case = moved(product_case(70, 200, 130, dtype=dtype), device)
-    rotary = moved(rotary_case(1, 70, 2, 1, 32, 100, dtype), device)
-    rotary.pop("qkv")
-    rotary["kv_len"].zero_()
-    with launched(_linear_kernel, _gated_linear_kernel, _rotary_linear_kernel):
+    with launched(_linear_kernel, _gated_linear_kernel):
         for rows in (1, 2, 64, 70):
             few = case | {"x": case["x"][:, :rows]}
             plain = {"x": few["x"], "weight": few["weight"][:128]}
             results = [linear(**few), linear_parts(**plain)[-1], gated_linear(**plain)]
-            turning = rotary | {"positions": rotary["positions"][:, :rows]}
-            results += [rotary_linear(**plain, bias=None, **turning)]
             firsts = [one[:, :1].clone() for one in results]
             if rows == 1:
                 alone = firsts
@@ -176,24 +130,6 @@ def test_weights_of_few_rows_are_cut_until_they_fill_the_chip(rows, columns, par
     config = parts_config(torch.bfloat16)
     assert parts_of(rows, columns, config) == parts
     assert parts == 1 or 0.9 <= parts * rows / (2 * config.block_h) / FILLING_PROGRAMS <= 1
-
-
-@pytest.mark.parametrize(("length", "position"), [(-40, 0), (99, 5), (2**31 - 1, 2**31 - 1), (3, -7)])
-def test_rotary_kernel_stays_inside_whatever_comes(device, length, position):
-    """Straight to the launcher, as on a GPU, where values are not looked at."""
-    case = rotary_case(batch=1, rows=20, head_dim=32)
-    width = case.pop("qkv").shape[2]
-    case |= product_case(20, 16, width, bias=False) | {"bias": None}
-    case["kv_len"] = torch.tensor([length], dtype=torch.int32)
-    case["positions"] = torch.full((1, 20), position, dtype=torch.int32)
-    case = moved(case, device)
-    fenced = torch.zeros(4, 1, 1, 9, 32, device=device)
-    case["k_cache"], case["v_cache"] = fenced[1], fenced[2]
-    q = launch_rotary_linear(**case, config=LinearConfig(16, 16, 32))
-    assert not q.isnan().any()
-    assert not fenced[0].any()
-    assert not fenced[3].any()
-    assert bool(fenced[1:3].any()) == (length == 3)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +149,6 @@ def test_rotary_kernel_stays_inside_whatever_comes(device, length, position):
 def test_products_refuse(op, changed, message):
     with pytest.raises(ValueError, match=message):
         op(**{"x": torch.zeros(1, 2, 8), "weight": torch.zeros(4, 8)} | changed)
-
-
-def test_rotary_linear_refuses_what_rotary_write_kv_does():
-    case = rotary_case()
-    case.pop("qkv")
-    case |= product_case(3, 8, 24, batch=2)
-    with pytest.raises(ValueError, match=r"qkv: expected heads of 6, .*, got 13 columns"):
-        rotary_linear(**case | {"weight": torch.zeros(13, 8), "bias": None})
-    with pytest.raises(ValueError, match="positions: expected dtype int32, got int64"):
-        rotary_linear(**case | {"positions": case["positions"].long()})
 
 
 @pytest.mark.interpreter

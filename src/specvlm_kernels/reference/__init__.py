@@ -4,13 +4,14 @@ What the kernels are tested against, and what serves on CPU. They compute in max
 """
 
 from .acceptance import Accepted, accept, draw
-from .decoder_linear import gated_linear, linear, linear_parts, rotary_linear
-from .decoder_ops import add_rms_norm, gated_silu, rotary_write_kv
+from .decoder_linear import gated_linear, linear, linear_parts
+from .decoder_ops import add_rms_norm, gated_silu
 from .distillation import soft_cross_entropy, total_variation
 from .drafting import draft_topk
 from .kv_cache import compact_kv, write_kv
 from .ratio_acceptance import accept_ratio
 from .relaxed_acceptance import accept_typical, accept_within
+from .rotary import rotary_linear, rotary_write_kv
 from .token_pooling import conv_tokens, pool_tokens, prune_tokens, resample_tokens
 from .tree_attention import pack_ancestors, tree_attention
 

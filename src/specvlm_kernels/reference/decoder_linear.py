@@ -7,7 +7,7 @@ the product.
 import torch
 import torch.nn.functional as F
 
-from .decoder_ops import gated_silu, rotary_write_kv
+from .decoder_ops import gated_silu
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,18 +23,3 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Plain torch twin of `specvlm_kernels.gated_linear`."""
     return gated_silu(F.linear(x, weight))
-
-
-def rotary_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    kv_len: torch.Tensor,
-) -> torch.Tensor:
-    """Plain torch twin of `specvlm_kernels.rotary_linear`."""
-    return rotary_write_kv(F.linear(x, weight, bias), cos, sin, positions, k_cache, v_cache, kv_len)

@@ -1,0 +1,42 @@
+"""Rotation and what it is written into, in plain torch: what the kernels are tested against, and what serves on CPU."""
+
+import torch
+import torch.nn.functional as F
+
+from .kv_cache import write_kv
+
+
+def rotary_write_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> torch.Tensor:
+    """Plain torch twin of `specvlm_kernels.rotary_write_kv`."""
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.unflatten(2, (-1, head_dim))  # [B, T, Hq + 2 Hkv, D]
+    turning, values = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    low, high = turning.to(dtype).chunk(2, dim=-1)
+    c, s = (table[positions.long()].unsqueeze(2).to(dtype) for table in (cos, sin))
+    turned = torch.cat([low * c - high * s, high * c + low * s], dim=-1).to(qkv.dtype)
+    write_kv(k_cache, v_cache, turned[:, :, -kv_heads:].transpose(1, 2), values.transpose(1, 2), kv_len)
+    return turned[:, :, :-kv_heads].contiguous()
+
+
+def rotary_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> torch.Tensor:
+    """Plain torch twin of `specvlm_kernels.rotary_linear`."""
+    return rotary_write_kv(F.linear(x, weight, bias), cos, sin, positions, k_cache, v_cache, kv_len)
