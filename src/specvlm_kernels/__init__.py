@@ -25,19 +25,23 @@ __all__ = [
     "accept_ratio",
     "accept_typical",
     "accept_within",
+    "add_rms_norm",
     "compact_kv",
     "conv_tokens",
     "draft_topk",
     "draw",
+    "gated_linear",
+    "gated_silu",
+    "linear",
+    "linear_parts",
     "pack_ancestors",
     "pool_tokens",
     "prune_tokens",
     "resample_tokens",
+    "rotary_linear",
+    "rotary_write_kv",
     "soft_cross_entropy",
     "total_variation",
     "tree_attention",
     "write_kv",
 ]
-
-#: What a layer of an own decoder needs besides. They are no operators of torch's: `torch.compile` stops at them.
-DECODER_OPS = (add_rms_norm, gated_linear, gated_silu, linear, linear_parts, rotary_linear, rotary_write_kv)

@@ -17,6 +17,8 @@ parts, whose fp32 sums are written out: the next norm reads them anyway, and add
 **A row's bits do not depend on its company.** Tiles, cuts and instructions follow from W's shape and the dtype alone: a
 row alone runs through the tile that 64 share. A matrix library picks another kernel for 1 row than for 64, which rounds
 differently, and greedy answers then hang on how many nodes were verified along.
+
+Inside `torch.compile` each is one operator, which gives no gradient.
 """
 
 from dataclasses import dataclass, replace
@@ -201,6 +203,39 @@ def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return kernel
 
 
+@torch.library.custom_op("specvlm_kernels::linear", mutates_args=())
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return linear(x, weight, bias)
+
+
+@_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+@torch.library.custom_op("specvlm_kernels::linear_parts", mutates_args=())
+def _linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return linear_parts(x, weight)
+
+
+@_linear_parts.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    kernel = takes_kernel("x", x)
+    parts = parts_of(int(weight.shape[0]), int(weight.shape[1]), parts_config(x.dtype)) if kernel else 1
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(parts, *x.shape[:2], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("specvlm_kernels::gated_linear", mutates_args=())
+def _gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return gated_linear(x, weight)
+
+
+@_gated_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0] // 2)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A linear layer for few rows, whose bits for a row do not depend on the others.
 
@@ -216,7 +251,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: a wrong shape, dtype, device or stride. The kernel is forward only (the reference, on CPU, is not):
             where it serves, also a tensor that requires a gradient while gradients are enabled.
     """
-    if not check_product(x, weight, bias):
+    kernel = check_product(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return _linear(x, weight, bias)
+    if not kernel:
         return reference.linear(x, weight, bias)
     with on_device(x):
         return launch_linear(x, weight, bias, linear_config(triton.cdiv(weight.shape[0], 2), x.dtype), None)
@@ -235,7 +273,10 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: as in `linear`.
     """
-    if not check_product(x, weight, None):
+    kernel = check_product(x, weight, None)
+    if torch.compiler.is_compiling():
+        return _linear_parts(x, weight)
+    if not kernel:
         return reference.linear_parts(x, weight)
     config = parts_config(x.dtype)
     with on_device(x):
@@ -258,6 +299,8 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     kernel = check_product(x, weight, None)
     if weight.shape[0] % 2:
         raise ValueError(f"weight: expected an even number of rows, got {weight.shape[0]}")
+    if torch.compiler.is_compiling():
+        return _gated_linear(x, weight)
     if not kernel:
         return reference.gated_linear(x, weight)
     with on_device(x):

@@ -9,6 +9,8 @@ torch makes two to twelve launches of each, and writes what lies between.
 Sums are fp32 and rounded once; `total` is rounded before it is normed, since that is what the next layer adds to.
 
 A program norms one row of whatever batch, held in registers, by one binary: a row's bits do not depend on its company.
+
+Inside `torch.compile` each is one operator, which gives no gradient.
 """
 
 import torch
@@ -102,6 +104,34 @@ def launch_gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@torch.library.custom_op("specvlm_kernels::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, total = add_rms_norm(x, residual, weight, eps=eps)
+    # Of a single part, or where nothing is added, it may be x: which no operator returns.
+    return normed, total.clone() if residual is None else total
+
+
+@_add_rms_norm.register_fake
+def _(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed = weight.new_empty(x.shape[-3:])
+    return normed, torch.empty_like(normed)
+
+
+@torch.library.custom_op("specvlm_kernels::gated_silu", mutates_args=())
+def _gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    return gated_silu(gate_up)
+
+
+@_gated_silu.register_fake
+def _(gate_up: torch.Tensor) -> torch.Tensor:
+    batch, rows, width = gate_up.shape
+    return gate_up.new_empty(batch, rows, width // 2)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +145,8 @@ def add_rms_norm(
         eps: is added to the mean square, at least 0.
 
     Returns:
-        normed [B, T, H] and total [B, T, H] (x itself, where there is nothing to add), dtype of weight.
+        normed [B, T, H] and total [B, T, H] (x itself, where there is nothing to add: inside
+        `torch.compile` a copy), dtype of weight.
 
     Raises:
         ValueError: a wrong shape, dtype, device or eps. The kernel is forward only (the reference, on CPU, is not):
@@ -135,6 +166,8 @@ def add_rms_norm(
     check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if torch.compiler.is_compiling():
+        return _add_rms_norm(x, residual, weight, eps)
     if not kernel:
         return reference.add_rms_norm(x, residual, weight, eps=eps)
     check_tensor("weight", weight, weight.shape, KERNEL_FLOATS)
@@ -161,7 +194,10 @@ def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     check_tensor("gate_up", gate_up, ("B", "T", "2 * I"), FLOATS)
     if gate_up.shape[2] % 2:
         raise ValueError(f"gate_up: expected an even number of columns, got {gate_up.shape[2]}")
-    if not takes_kernel("gate_up", gate_up):
+    kernel = takes_kernel("gate_up", gate_up)
+    if torch.compiler.is_compiling():
+        return _gated_silu(gate_up)
+    if not kernel:
         return reference.gated_silu(gate_up)
     check_tensor("gate_up", gate_up, gate_up.shape, KERNEL_FLOATS)
     check_forward_only(gate_up=gate_up)

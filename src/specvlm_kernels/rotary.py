@@ -9,6 +9,8 @@ Rotations are those of Hugging Face's Llama: element i of a head goes with eleme
 
 with a row of `cos` and `sin` for each position, in fp32 and with whatever factor a scaled rotation has. Keys reach the
 cache rotated. Sums and rotations are fp32 and rounded once.
+
+Inside `torch.compile` each is one operator, which gives no gradient.
 """
 
 import torch
@@ -131,10 +133,9 @@ def launch_rotary_write_kv(
     kv_len: torch.Tensor,
 ) -> torch.Tensor:
     """Runs the kernel; arguments as in `rotary_write_kv`, already checked."""
-    batch, rows, width = qkv.shape
-    _, kv_heads, capacity, head_dim = k_cache.shape
-    heads = width // head_dim - 2 * kv_heads
-    q = torch.empty((batch, rows, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    (batch, rows, width), (_, kv_heads, capacity, head_dim) = qkv.shape, k_cache.shape
+    q = _queries(qkv, width, k_cache)
+    heads = q.shape[2]
     if qkv.numel():
         _rotary_write_kv_kernel[(triton.cdiv(rows, ROTARY_ROWS), heads + 2 * kv_heads, batch)](
             qkv, cos.contiguous(), sin.contiguous(), positions.contiguous(), k_cache, v_cache, kv_len.contiguous(), q,
@@ -158,10 +159,9 @@ def launch_rotary_linear(
     config: LinearConfig,
 ) -> torch.Tensor:
     """Runs the kernel with an explicit cut; arguments as in `rotary_linear`, already checked."""
-    batch, tokens, columns = x.shape
-    _, kv_heads, capacity, head_dim = k_cache.shape
-    heads = weight.shape[0] // head_dim - 2 * kv_heads
-    q = torch.empty((batch, tokens, heads, head_dim), dtype=x.dtype, device=x.device)
+    (batch, tokens, columns), (_, kv_heads, capacity, head_dim) = x.shape, k_cache.shape
+    q = _queries(x, weight.shape[0], k_cache)
+    heads = q.shape[2]
     if q.numel():
         chunks = triton.cdiv(head_dim // 2, config.block_h)
         _rotary_linear_kernel[(triton.cdiv(batch * tokens, config.block_m), (heads + 2 * kv_heads) * chunks)](
@@ -172,6 +172,66 @@ def launch_rotary_linear(
             HALF=head_dim // 2, CHUNKS=chunks, BIAS=bias is not None, **cut(columns, config),
         )  # fmt: skip
     return q
+
+
+@torch.library.custom_op("specvlm_kernels::rotary_write_kv", mutates_args=("k_cache", "v_cache"))
+def _rotary_write_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> torch.Tensor:
+    return rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
+
+
+@_rotary_write_kv.register_fake
+def _(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    *_: torch.Tensor,
+) -> torch.Tensor:
+    return _queries(qkv, qkv.shape[2], k_cache)
+
+
+@torch.library.custom_op("specvlm_kernels::rotary_linear", mutates_args=("k_cache", "v_cache"))
+def _rotary_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+) -> torch.Tensor:
+    return rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
+
+
+@_rotary_linear.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    *_: torch.Tensor,
+) -> torch.Tensor:
+    return _queries(x, weight.shape[0], k_cache)
+
+
+def _queries(x: torch.Tensor, width: int, k_cache: torch.Tensor) -> torch.Tensor:
+    """Room for the queries among heads of `width` columns in all, made of x [B, T, ...]."""
+    (batch, tokens, _), (_, kv_heads, _, head_dim) = x.shape, k_cache.shape
+    return x.new_empty(batch, tokens, width // head_dim - 2 * kv_heads, head_dim)
 
 
 def rotary_write_kv(
@@ -207,6 +267,8 @@ def rotary_write_kv(
     check_tensor("qkv", qkv, ("B", "T", "heads * D"), FLOATS)
     kernel = check_rotary_cache(qkv, qkv.shape[2], cos, sin, positions, k_cache, v_cache, kv_len)
     check_rows_contiguous("qkv", qkv)
+    if torch.compiler.is_compiling():
+        return _rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
     if not kernel:
         return reference.rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
     check_forward_only(qkv=qkv)
@@ -243,6 +305,8 @@ def rotary_linear(
     """
     kernel = check_product(x, weight, bias)
     check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len)
+    if torch.compiler.is_compiling():
+        return _rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
     if not kernel:
         return reference.rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
     config = linear_config(weight.shape[0] // 2, x.dtype)

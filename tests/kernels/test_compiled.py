@@ -22,6 +22,13 @@ MODULES = {
     "draft_topk": "drafting",
     "write_kv": "kv_cache",
     "compact_kv": "kv_cache",
+    "add_rms_norm": "decoder_ops",
+    "gated_silu": "decoder_ops",
+    "linear": "decoder_linear",
+    "linear_parts": "decoder_linear",
+    "gated_linear": "decoder_linear",
+    "rotary_write_kv": "rotary",
+    "rotary_linear": "rotary",
 }
 OPAQUE = [case for case in CASES if case.op in MODULES]
 
@@ -111,3 +118,12 @@ def test_an_eager_call_goes_past_the_operator(monkeypatch):
     """Whose dispatch costs as much as some of the references do."""
     monkeypatch.setattr(acceptance, "_draw", None)
     specvlm_kernels.draw(torch.zeros(1, 1, 5), torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("parts", [(), (1,), (3,)])
+def test_a_norm_of_a_stream_that_nothing_is_added_to(parts):
+    """Eagerly its total is the stream itself, which an operator may not return."""
+    x, weight = torch.randn(*parts, 1, 2, 8), torch.ones(8)
+    compiled = torch.compile(specvlm_kernels.add_rms_norm, fullgraph=True, backend="aot_eager")
+    got, expected = (op(x, None, weight, eps=1e-5) for op in (compiled, specvlm_kernels.add_rms_norm))
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
