@@ -127,3 +127,13 @@ def test_a_norm_of_a_stream_that_nothing_is_added_to(parts):
     compiled = torch.compile(specvlm_kernels.add_rms_norm, fullgraph=True, backend="aot_eager")
     got, expected = (op(x, None, weight, eps=1e-5) for op in (compiled, specvlm_kernels.add_rms_norm))
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.interpreter
+def test_a_compiled_product_knows_how_many_parts_it_has():
+    x, weight = torch.randn(1, 2, 512), torch.randn(4, 512)
+    expected = specvlm_kernels.linear_parts(x, weight)
+    assert len(expected) == 2
+    assert torch.equal(
+        torch.compile(specvlm_kernels.linear_parts, fullgraph=True, backend="aot_eager")(x, weight), expected
+    )
