@@ -11,8 +11,9 @@ import torch
 
 import specvlm_kernels
 from bench import gpu_check
+from bench.floors import Sizes
 from bench.kernels import __main__ as command
-from bench.kernels import attention, cache, draws, losses, report, targets, tokens
+from bench.kernels import attention, cache, draws, layers, losses, report, targets, tokens
 from bench.kernels.attention import Model, attention_case
 from bench.kernels.registry import (
     Call,
@@ -30,6 +31,7 @@ from bench.kernels.targets import TARGETS, Standing, Verdict, standings
 from bench.kernels.timing import repeats, spread
 
 LIMITS = Ceilings(bandwidth=1e12, rate=1e15, launch=1e-6)
+TINY_SIZES = Sizes("tiny", hidden=64, inner=96, layers=1, heads=4, kv_heads=2, vocabulary=70, head_dim=16)
 TINY, TINY_GROUPED = Model("tiny", 2, 2), Model("grouped", 4, 2)
 
 
@@ -51,6 +53,8 @@ SMALL = [
     *[draws.topk_case(3, 4, 300, temperature) for temperature in (0.0, 1.0)],
     cache.compact_case(TINY, 2),
     cache.write_case(TINY, 5),
+    *layers.product_cases(TINY_SIZES, 5),
+    *layers.between_cases(TINY_SIZES, 5),
     tokens.pool_case(TINY, (5, 4)),
     tokens.conv_case(TINY, (5, 4)),
     *[tokens.prune_case(TINY, (5, 4), by_query) for by_query in (False, True)],
@@ -98,24 +102,26 @@ def test_names_tell_cases_apart():
     assert len(set(names)) == len(names)
 
 
+def spoilt(op: Callable[..., object]) -> Callable[..., object]:
+    """The op, returning what is nearly right."""
+
+    def run(*args: object, **options: object) -> object:
+        found = op(*args, **options)
+        if found is None:  # in place: the last argument but the lengths
+            args[0].flatten()[:1].add_(1.0)
+            return None
+        if isinstance(found, torch.Tensor):
+            return found + 1
+        if isinstance(found, tuple):
+            return (found[0] + 1, *found[1:])
+        return replace(found, next_token=found.next_token + 1)
+
+    return run
+
+
 @pytest.mark.parametrize("module", [attention, draws, cache, tokens, losses])
 def test_a_wrong_op_is_found(module, monkeypatch):
-    """Each kernel in turn returns what is nearly right."""
-
-    def spoilt(op: Callable[..., object]) -> Callable[..., object]:
-        def run(*args: object, **options: object) -> object:
-            found = op(*args, **options)
-            if found is None:  # in place: the last argument but the lengths
-                args[0].flatten()[:1].add_(1.0)
-                return None
-            if isinstance(found, torch.Tensor):
-                return found + 1
-            if isinstance(found, tuple):
-                return (found[0] + 1, *found[1:])
-            return replace(found, next_token=found.next_token + 1)
-
-        return run
-
+    """Each kernel in turn."""
     ours = [name for name in specvlm_kernels.__all__ if hasattr(module, name) and name != "Accepted"]
     assert ours
     for name in ours:
@@ -129,6 +135,14 @@ def test_a_wrong_op_is_found(module, monkeypatch):
                 case.prepare(small_place()).check()
 
 
+@pytest.mark.parametrize("name", layers.PLAIN)
+def test_a_wrong_op_of_a_layer_is_found(name, monkeypatch):
+    case = next(case for case in SMALL if case.op == name)
+    monkeypatch.setattr(specvlm_kernels, name, spoilt(getattr(specvlm_kernels, name)))
+    with pytest.raises(WrongError):
+        case.prepare(small_place()).check()
+
+
 @pytest.mark.parametrize(
     ("case", "bytes_", "flops"),
     [
@@ -140,6 +154,9 @@ def test_a_wrong_op_is_found(module, monkeypatch):
         (cache.compact_case(Model("", 2, 2), 3), 3 * 2 * 2 * 4 * 128 * 2 * 2, 0),
         (cache.write_case(Model("", 2, 2), 7), 2 * 2 * 7 * 128 * 2 * 2, 0),
         # 20 tokens of 256 become 6; windows of 3 by 2 see all 5 rows and 3 of 4 columns, and are 2 by 1.
+        # A weight, 5 rows of x and of what comes of them: in fp32 where they are parts.
+        (layers.product_case("linear", "", TINY_SIZES, 5, 64, 70, 140), 2 * 64 * 70 + 5 * (128 + 140), 2 * 5 * 64 * 70),
+        (list(layers.product_cases(TINY_SIZES, 5))[1], 2 * 64 * 64 + 5 * (2 + 4) * 64, 2 * 5 * 64 * 64),
         (tokens.pool_case(TINY, (5, 4)), 2 * 256 * (20 + 6), 0),
         (tokens.conv_case(TINY, (5, 4)), 2 * 256 * (15 + 2) + 2 * 256 * 10, 0),
         (tokens.prune_case(TINY, (5, 4), False), 2 * 256 * (5 + 5) + 8 * 5 + 4 * 20, 0),
