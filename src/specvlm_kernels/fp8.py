@@ -64,6 +64,14 @@ def load_scale(scale, i_b, i_head, stride):
 
 
 @triton.jit
+def store_rows(p_cache, b_x, scale, i_b, i_head, stride, mask):
+    """A block into a cache: as it is, or where the cache has a scale divided by it and rounded to e4m3."""
+    if scale is not None:
+        b_x = encode(b_x.to(tl.float32) / load_scale(scale, i_b, i_head, stride))
+    tl.store(p_cache, b_x, mask=mask)
+
+
+@triton.jit
 def decode(b_x, dtype: tl.constexpr):
     """A loaded block in `dtype`: of e4m3, of bytes that hold it, or of `dtype` itself."""
     if b_x.dtype == tl.uint8:

@@ -22,19 +22,11 @@ import triton.language as tl
 from . import reference
 from ._checks import FLOATS, KERNEL_FLOATS, check_path, check_range, check_rows_contiguous, check_tensor
 from ._dispatch import on_device, takes_kernel
-from .fp8 import FP8, as_bytes, check_scale, encode, load_scale, scale_stride
+from .fp8 import FP8, as_bytes, check_scale, scale_stride, store_rows
 
 #: Rows of 2-byte values that one program moves at a time; a path is rarely longer.
 MOVE_ROWS = 16
 WRITE_ROWS = 16
-
-
-@triton.jit
-def _store(p_cache, b_x, scale, i_b, i_head, stride, m_td):
-    """A block into the cache: rounded to e4m3 where it is one of bytes."""
-    if scale is not None:
-        b_x = encode(b_x.to(tl.float32) / load_scale(scale, i_b, i_head, stride))
-    tl.store(p_cache, b_x, mask=m_td)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity"])
@@ -55,8 +47,8 @@ def _write_kv_kernel(
     b_v = tl.load(v + i_b * stride_vb_new + i_head * stride_vh_new + o_t * stride_vt_new + o_d, mask=m_td)
     p_k = k_cache + i_b * stride_kb + i_head * stride_kh + o_slot * stride_ks + o_d
     p_v = v_cache + i_b * stride_vb + i_head * stride_vh + o_slot * stride_vs + o_d
-    _store(p_k, b_k, k_scale, i_b, i_head, K_SCALE_STRIDE, m_td)
-    _store(p_v, b_v, v_scale, i_b, i_head, V_SCALE_STRIDE, m_td)
+    store_rows(p_k, b_k, k_scale, i_b, i_head, K_SCALE_STRIDE, m_td)
+    store_rows(p_v, b_v, v_scale, i_b, i_head, V_SCALE_STRIDE, m_td)
 
 
 @triton.jit(do_not_specialize=["nodes", "capacity", "heads"])

@@ -20,6 +20,7 @@ import triton.language as tl
 from ._checks import FLOATS, KERNEL_FLOATS, check_forward_only, check_range, check_rows_contiguous, check_tensor
 from ._dispatch import on_device, takes_kernel
 from .decoder_linear import LinearConfig, check_product, cut, linear_config, pair_sums
+from .fp8 import FP8, as_bytes, check_scale, scale_stride, store_rows
 from .reference import rotary as reference
 
 #: Tokens of one head that a program rotates.
@@ -28,8 +29,10 @@ ROTARY_ROWS = 16
 
 @triton.jit(do_not_specialize=["rows", "positions_held", "capacity"])
 def _rotary_write_kv_kernel(
-    qkv, cos, sin, positions, k_cache, v_cache, kv_len, q, rows, positions_held, capacity, heads, kv_heads,
-    stride_xb, stride_xt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, q,
+    rows, positions_held, capacity, heads, kv_heads, stride_xb, stride_xt,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    K_SCALE_STRIDE: tl.constexpr, V_SCALE_STRIDE: tl.constexpr,
     HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_head, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -57,20 +60,23 @@ def _rotary_write_kv_kernel(
         m_slot = m_td & ((o_slot >= 0) & (o_slot < capacity))[:, None]
         o_slot = o_slot[:, None]
         if i_head < heads + kv_heads:
-            p_k = k_cache + i_b * stride_kb + (i_head - heads) * stride_kh + o_slot * stride_ks + o_d
-            tl.store(p_k, b_low, mask=m_slot)
-            tl.store(p_k + HALF, b_high, mask=m_slot)
+            i_key = i_head - heads
+            p_k = k_cache + i_b * stride_kb + i_key * stride_kh + o_slot * stride_ks + o_d
+            store_rows(p_k, b_low, k_scale, i_b, i_key, K_SCALE_STRIDE, m_slot)
+            store_rows(p_k + HALF, b_high, k_scale, i_b, i_key, K_SCALE_STRIDE, m_slot)
         else:
-            p_v = v_cache + i_b * stride_vb + (i_head - heads - kv_heads) * stride_vh + o_slot * stride_vs + o_d
-            tl.store(p_v, b_low, mask=m_slot)
-            tl.store(p_v + HALF, b_high, mask=m_slot)
+            i_value = i_head - heads - kv_heads
+            p_v = v_cache + i_b * stride_vb + i_value * stride_vh + o_slot * stride_vs + o_d
+            store_rows(p_v, b_low, v_scale, i_b, i_value, V_SCALE_STRIDE, m_slot)
+            store_rows(p_v + HALF, b_high, v_scale, i_b, i_value, V_SCALE_STRIDE, m_slot)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "positions_held", "capacity"])
 def _rotary_linear_kernel(
-    x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, q,
+    x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, q,
     rows, tokens, columns, positions_held, capacity, heads, kv_heads, stride_w,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    K_SCALE_STRIDE: tl.constexpr, V_SCALE_STRIDE: tl.constexpr,
     HALF: tl.constexpr, CHUNKS: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -101,19 +107,20 @@ def _rotary_linear_kernel(
         tl.store(p_q, b_low, mask=m_md)
         tl.store(p_q + HALF, b_high, mask=m_md)
     else:
-        o_b = o_m // tokens
-        o_slot = tl.load(kv_len + o_b, mask=m_m, other=0).to(tl.int64) + o_m % tokens
+        o_b = tl.minimum(o_m, rows - 1) // tokens
+        o_slot = tl.load(kv_len + o_b).to(tl.int64) + o_m % tokens
         m_slot = m_md & ((o_slot >= 0) & (o_slot < capacity))[:, None]
         o_b, o_slot = o_b.to(tl.int64)[:, None], o_slot[:, None]
         if i_head < heads + kv_heads:
-            p_k = k_cache + o_b * stride_kb + (i_head - heads).to(tl.int64) * stride_kh + o_slot * stride_ks + o_d
-            tl.store(p_k, b_low, mask=m_slot)
-            tl.store(p_k + HALF, b_high, mask=m_slot)
+            i_key = (i_head - heads).to(tl.int64)
+            p_k = k_cache + o_b * stride_kb + i_key * stride_kh + o_slot * stride_ks + o_d
+            store_rows(p_k, b_low, k_scale, o_b, i_key, K_SCALE_STRIDE, m_slot)
+            store_rows(p_k + HALF, b_high, k_scale, o_b, i_key, K_SCALE_STRIDE, m_slot)
         else:
             i_value = (i_head - heads - kv_heads).to(tl.int64)
             p_v = v_cache + o_b * stride_vb + i_value * stride_vh + o_slot * stride_vs + o_d
-            tl.store(p_v, b_low, mask=m_slot)
-            tl.store(p_v + HALF, b_high, mask=m_slot)
+            store_rows(p_v, b_low, v_scale, o_b, i_value, V_SCALE_STRIDE, m_slot)
+            store_rows(p_v + HALF, b_high, v_scale, o_b, i_value, V_SCALE_STRIDE, m_slot)
 
 
 @triton.jit
@@ -131,6 +138,8 @@ def launch_rotary_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs the kernel; arguments as in `rotary_write_kv`, already checked."""
     (batch, rows, width), (_, kv_heads, capacity, head_dim) = qkv.shape, k_cache.shape
@@ -138,9 +147,11 @@ def launch_rotary_write_kv(
     heads = q.shape[2]
     if qkv.numel():
         _rotary_write_kv_kernel[(triton.cdiv(rows, ROTARY_ROWS), heads + 2 * kv_heads, batch)](
-            qkv, cos.contiguous(), sin.contiguous(), positions.contiguous(), k_cache, v_cache, kv_len.contiguous(), q,
+            qkv, cos.contiguous(), sin.contiguous(), positions.contiguous(), as_bytes(k_cache), as_bytes(v_cache),
+            kv_len.contiguous(), _contiguous(k_scale), _contiguous(v_scale), q,
             rows, cos.shape[0], capacity, heads, kv_heads,
             *qkv.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            K_SCALE_STRIDE=scale_stride(k_scale), V_SCALE_STRIDE=scale_stride(v_scale),
             HALF=head_dim // 2, BLOCK_T=ROTARY_ROWS, BLOCK_D=triton.next_power_of_2(head_dim // 2), num_warps=4,
         )  # fmt: skip
     return q
@@ -156,6 +167,9 @@ def launch_rotary_linear(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    *,
     config: LinearConfig,
 ) -> torch.Tensor:
     """Runs the kernel with an explicit cut; arguments as in `rotary_linear`, already checked."""
@@ -166,9 +180,11 @@ def launch_rotary_linear(
         chunks = triton.cdiv(head_dim // 2, config.block_h)
         _rotary_linear_kernel[(triton.cdiv(batch * tokens, config.block_m), (heads + 2 * kv_heads) * chunks)](
             x.contiguous(), weight, None if bias is None else bias.contiguous(), cos.contiguous(), sin.contiguous(),
-            positions.contiguous(), k_cache, v_cache, kv_len.contiguous(), q,
+            positions.contiguous(), as_bytes(k_cache), as_bytes(v_cache), kv_len.contiguous(),
+            _contiguous(k_scale), _contiguous(v_scale), q,
             batch * tokens, tokens, columns, cos.shape[0], capacity, heads, kv_heads, weight.stride(0),
             *k_cache.stride()[:3], *v_cache.stride()[:3],
+            K_SCALE_STRIDE=scale_stride(k_scale), V_SCALE_STRIDE=scale_stride(v_scale),
             HALF=head_dim // 2, CHUNKS=chunks, BIAS=bias is not None, **cut(columns, config),
         )  # fmt: skip
     return q
@@ -183,8 +199,10 @@ def _rotary_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    return rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
+    return rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale)
 
 
 @_rotary_write_kv.register_fake
@@ -194,7 +212,7 @@ def _(
     sin: torch.Tensor,
     positions: torch.Tensor,
     k_cache: torch.Tensor,
-    *_: torch.Tensor,
+    *_: torch.Tensor | None,
 ) -> torch.Tensor:
     return _queries(qkv, qkv.shape[2], k_cache)
 
@@ -210,8 +228,12 @@ def _rotary_linear(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    return rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
+    return rotary_linear(
+        x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 @_rotary_linear.register_fake
@@ -223,9 +245,13 @@ def _(
     sin: torch.Tensor,
     positions: torch.Tensor,
     k_cache: torch.Tensor,
-    *_: torch.Tensor,
+    *_: torch.Tensor | None,
 ) -> torch.Tensor:
     return _queries(x, weight.shape[0], k_cache)
+
+
+def _contiguous(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return None if scale is None else scale.contiguous()
 
 
 def _queries(x: torch.Tensor, width: int, k_cache: torch.Tensor) -> torch.Tensor:
@@ -242,6 +268,9 @@ def rotary_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates the queries and keys of T new tokens, and writes keys and values into one layer's cache.
 
@@ -250,9 +279,10 @@ def rotary_write_kv(
             (on CPU fp64 too), any strides with a contiguous last axis.
         cos, sin: [P, D / 2] fp32, a row a position.
         positions: [B, T] int32, in [0, P).
-        k_cache, v_cache: [B, Hkv, S, D], dtype of qkv, written in place at slots kv_len + i; any strides with a
-            contiguous last axis. D is even.
+        k_cache, v_cache: [B, Hkv, S, D], dtype of qkv or float8_e4m3fn (not of fp64), written in place at slots
+            kv_len + i; any strides with a contiguous last axis. D is even.
         kv_len: [B] int32, stored slots, in [0, S]. It is not advanced.
+        k_scale, v_scale: as in `write_kv`, if and only if the caches are float8_e4m3fn.
 
     Rows that would land past slot S - 1 are dropped.
 
@@ -265,15 +295,17 @@ def rotary_write_kv(
             qkv that requires a gradient while gradients are enabled.
     """
     check_tensor("qkv", qkv, ("B", "T", "heads * D"), FLOATS)
-    kernel = check_rotary_cache(qkv, qkv.shape[2], cos, sin, positions, k_cache, v_cache, kv_len)
+    kernel = check_rotary_cache(qkv, qkv.shape[2], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     check_rows_contiguous("qkv", qkv)
     if torch.compiler.is_compiling():
-        return _rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
+        return _rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     if not kernel:
-        return reference.rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
+        return reference.rotary_write_kv(
+            qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
+        )
     check_forward_only(qkv=qkv)
     with on_device(qkv):
-        return launch_rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len)
+        return launch_rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
 
 
 def rotary_linear(
@@ -286,6 +318,9 @@ def rotary_linear(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Makes queries, keys and values of few rows, rotates queries and keys, and writes keys and values into a cache.
 
@@ -293,7 +328,7 @@ def rotary_linear(
         x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
         weight: [(Hq + 2 Hkv) * D, K], rows of query heads, of key heads, of value heads, with a contiguous last axis.
         bias: [(Hq + 2 Hkv) * D], dtype of x, or None.
-        cos, sin, positions, k_cache, v_cache, kv_len: as in `rotary_write_kv`.
+        cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale: as in `rotary_write_kv`.
 
     Rows that would land past slot S - 1 are dropped.
 
@@ -304,14 +339,18 @@ def rotary_linear(
         ValueError: as in `linear` and `rotary_write_kv`.
     """
     kernel = check_product(x, weight, bias)
-    check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len)
+    check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     if torch.compiler.is_compiling():
-        return _rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
+        return _rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     if not kernel:
-        return reference.rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len)
+        return reference.rotary_linear(
+            x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
+        )
     config = linear_config(weight.shape[0] // 2, x.dtype)
     with on_device(x):
-        return launch_rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, config)
+        return launch_rotary_linear(
+            x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, config=config
+        )
 
 
 def check_rotary_cache(
@@ -323,6 +362,8 @@ def check_rotary_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> bool:
     """Checks what rotates and stores heads of `width` columns in all, made of x [B, T, ...]; True where a kernel
     serves."""
@@ -330,8 +371,10 @@ def check_rotary_cache(
     if kernel:
         check_tensor("x", x, x.shape, KERNEL_FLOATS)
     batch, rows, device = x.shape[0], x.shape[1], x.device
-    check_tensor("k_cache", k_cache, (batch, "Hkv", "S", "D"), x.dtype, device)
-    check_tensor("v_cache", v_cache, tuple(k_cache.shape), x.dtype, device)
+    check_tensor("k_cache", k_cache, (batch, "Hkv", "S", "D"), (x.dtype, FP8), device)
+    check_tensor("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, device)
+    if k_cache.dtype == FP8:
+        check_tensor("x", x, x.shape, KERNEL_FLOATS)
     _, kv_heads, capacity, head_dim = k_cache.shape
     if head_dim == 0 or head_dim % 2:
         raise ValueError(f"k_cache: expected an even head size, got {head_dim}")
@@ -348,6 +391,8 @@ def check_rotary_cache(
     check_tensor("kv_len", kv_len, (batch,), torch.int32, device)
     check_rows_contiguous("k_cache", k_cache)
     check_rows_contiguous("v_cache", v_cache)
+    check_scale("k_scale", k_scale, k_cache, batch, kv_heads)
+    check_scale("v_scale", v_scale, v_cache, batch, kv_heads)
     check_range("positions", positions, 0, cos.shape[0])
     check_range("kv_len", kv_len, 0, capacity + 1)
     return kernel

@@ -173,6 +173,11 @@ def fp8_cache_cases() -> Iterator[Case]:
     )
     kv_len, path = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
     yield Case("write_kv e4m3", lambda: launch_write_kv(slab[0, 0], slab[0, 1], new, new, kv_len, scale, scale))
+    columns, rotation = 3 * model.heads * model.head_dim, meta(4096, model.head_dim // 2, dtype=torch.float32)
+    rest, cut = (rotation, rotation, path, *slab[0], kv_len, scale, scale), linear_config(columns // 2, torch.bfloat16)
+    yield Case("rotary_write_kv e4m3", lambda: launch_rotary_write_kv(meta(1, NODES, columns), *rest))
+    x, qkv = meta(1, NODES, model.width), meta(columns, model.width)
+    yield Case("rotary_linear e4m3", lambda: launch_rotary_linear(x, qkv, None, *rest, config=cut))
     yield Case("compact_kv e4m3", lambda: launch_compact_kv(slab, kv_len, path, kv_len))
 
 
@@ -223,7 +228,9 @@ def linear_cases(model: Shape, dtype: torch.dtype = torch.bfloat16, bias: bool =
     qkv, qkv_bias = meta(columns, model.width, dtype=dtype), meta(columns, dtype=dtype) if bias else None
     yield Case(
         f"rotary_linear {model.name}",
-        lambda: launch_rotary_linear(x, qkv, qkv_bias, table, table, positions, slab[0, 0], slab[0, 1], kv_len, cut),
+        lambda: launch_rotary_linear(
+            x, qkv, qkv_bias, table, table, positions, slab[0, 0], slab[0, 1], kv_len, config=cut
+        ),
     )
     down, down_cut = meta(model.width, model.inner, dtype=dtype), parts_config(dtype)
     parts = parts_of(*down.shape, down_cut)

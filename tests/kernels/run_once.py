@@ -10,7 +10,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from specvlm.doctor import check_kernels
-from specvlm_kernels import compact_kv, tree_attention, write_kv
+from specvlm_kernels import compact_kv, rotary_linear, rotary_write_kv, tree_attention, write_kv
 from specvlm_kernels.noise import philox_integers, race_noise
 from specvlm_kernels.tree_attention import TreeAttentionConfig, launch_tree_attention
 from tests.kernels.watch import package_kernels
@@ -26,6 +26,12 @@ def others(device: torch.device) -> None:
     kv_len = torch.tensor([150], dtype=torch.int32, device=device)
     scales = {"k_scale": one, "v_scale": one}
     write_kv(slab[0, 0], slab[0, 1], new[0], new[1], kv_len, **scales)
+    turning = torch.ones(200, 32, device=device), torch.ones(200, 32, device=device), positions[:, :3]
+    qkv = torch.randn(1, 3, 8 * 64, device=device).bfloat16()
+    rotary_write_kv(qkv, *turning, *slab[0], kv_len, **scales)
+    rotary_linear(
+        qkv, torch.randn(8 * 64, 8 * 64, device=device).bfloat16(), None, *turning, *slab[0], kv_len, **scales
+    )
     path = torch.tensor([[2, 3]], dtype=torch.int32, device=device)
     words = torch.ones(1, 9, 1, dtype=torch.int64, device=device)
     q = torch.randn(1, 9, 4, 64, device=device).bfloat16()

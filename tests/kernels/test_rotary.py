@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from specvlm_kernels import rotary_linear, rotary_write_kv
+from specvlm_kernels import rotary_linear, rotary_write_kv, write_kv
 from specvlm_kernels.decoder_linear import LinearConfig
+from specvlm_kernels.fp8 import FP8
 from specvlm_kernels.rotary import (
     _rotary_linear_kernel,
     _rotary_write_kv_kernel,
@@ -18,6 +19,9 @@ from tests.kernels.test_decoder_linear import INTERPRETED_DTYPES, exact_product,
 from tests.kernels.tokens import assert_close, moved, normal
 from tests.kernels.watch import launched
 
+EIGHT_BITS = {name: torch.zeros(2, 1, 9, 6).to(FP8) for name in ("k_cache", "v_cache")} | {
+    name: torch.ones(1) for name in ("k_scale", "v_scale")
+}
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -152,7 +156,7 @@ def test_rotation_is_that_of_hugging_face(dtype):
     ("changed", "message"),
     [
         ({"qkv": torch.zeros(2, 24)}, r"qkv: expected shape \[B, T, heads \* D\], got \[2, 24\]"),
-        ({"qkv": torch.zeros(2, 3, 24).half()}, "k_cache: expected dtype float16, got float32"),
+        ({"qkv": torch.zeros(2, 3, 24).half()}, "k_cache: expected dtype float16 or float8_e4m3fn, got float32"),
         ({"qkv": torch.zeros(2, 3, 12)}, "qkv: expected heads of 6, 1 of keys, 1 of values and more .*, got 12"),
         ({"qkv": torch.zeros(2, 3, 25)}, "qkv: expected heads of 6, .*, got 25"),
         ({"qkv": torch.zeros(2, 24, 3).mT}, "qkv: expected a contiguous last axis"),
@@ -166,6 +170,10 @@ def test_rotation_is_that_of_hugging_face(dtype):
         ({name: torch.zeros(2, 1, 9, 3) for name in ("k_cache", "v_cache")}, "k_cache: expected an even head size"),
         ({"k_cache": torch.zeros(2, 1, 6, 9).mT}, "k_cache: expected a contiguous last axis"),
         ({"v_cache": torch.zeros(2, 1, 6, 9).mT}, "v_cache: expected a contiguous last axis"),
+        ({"k_scale": torch.ones(1)}, "k_scale: expected None, since the cache is float32 and not float8_e4m3fn"),
+        (EIGHT_BITS | {"v_scale": None}, r"v_scale: expected a \[1\] or \[2, 1\] tensor for a float8_e4m3fn cache"),
+        (EIGHT_BITS | {"v_cache": torch.zeros(2, 1, 9, 6)}, "v_cache: expected dtype float8_e4m3fn, got float32"),
+        (EIGHT_BITS | {"qkv": torch.zeros(2, 3, 24).double()}, "x: expected dtype float32 .*, got float64"),
         ({"kv_len": torch.zeros(1, dtype=torch.int32)}, r"kv_len: expected shape \[2\], got \[1\]"),
         ({"kv_len": torch.tensor([0, 10], dtype=torch.int32)}, r"kv_len: expected values in \[0, 10\), got \[0, 10\]"),
     ],
@@ -262,3 +270,29 @@ def test_rotary_linear_refuses_what_rotary_write_kv_does():
         rotary_linear(**case | {"weight": torch.zeros(13, 8), "bias": None})
     with pytest.raises(ValueError, match="positions: expected dtype int32, got int64"):
         rotary_linear(**case | {"positions": case["positions"].long()})
+
+
+# Into a cache of 8 bits.
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("op", [rotary_write_kv, rotary_linear])
+def test_a_cache_of_8_bits_is_given_what_write_kv_makes_of_keys_and_values(device, op, shared):
+    case = moved(rotary_case(batch=2, rows=20, heads=4, kv_heads=2, head_dim=32, capacity=40), device)
+    if op is rotary_linear:
+        width = case.pop("qkv").shape[2]
+        case |= moved(product_case(20, 24, width, batch=2), device)
+    case["kv_len"] = torch.tensor([7, 30], dtype=torch.int32, device=device)
+    plain = case | {name: torch.zeros_like(case[name]) for name in ("k_cache", "v_cache")}
+    q = op(**plain)
+    scales = {
+        name: (1 + normal(2, 2, seed=i).abs()).div(100).to(device) for i, name in enumerate(("k_scale", "v_scale"))
+    }
+    if shared:
+        scales = {name: scale[0] for name, scale in scales.items()}
+    got, expected = torch.zeros(2, 2, *plain["k_cache"].shape, device=device).to(FP8)
+    empty = torch.zeros(2, dtype=torch.int32, device=device)
+    write_kv(*expected, plain["k_cache"], plain["v_cache"], empty, **scales)
+    assert torch.equal(op(**case | {"k_cache": got[0], "v_cache": got[1]}, **scales), q)
+    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    assert got.view(torch.uint8)[:, 0, :, 7:27].any()

@@ -14,6 +14,9 @@ def rotary_write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch twin of `specvlm_kernels.rotary_write_kv`."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
@@ -23,7 +26,8 @@ def rotary_write_kv(
     low, high = turning.to(dtype).chunk(2, dim=-1)
     c, s = (table[positions.long()].unsqueeze(2).to(dtype) for table in (cos, sin))
     turned = torch.cat([low * c - high * s, high * c + low * s], dim=-1).to(qkv.dtype)
-    write_kv(k_cache, v_cache, turned[:, :, -kv_heads:].transpose(1, 2), values.transpose(1, 2), kv_len)
+    k, v = turned[:, :, -kv_heads:].transpose(1, 2), values.transpose(1, 2)
+    write_kv(k_cache, v_cache, k, v, kv_len, k_scale=k_scale, v_scale=v_scale)
     return turned[:, :, :-kv_heads].contiguous()
 
 
@@ -37,6 +41,10 @@ def rotary_linear(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     kv_len: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch twin of `specvlm_kernels.rotary_linear`."""
-    return rotary_write_kv(F.linear(x, weight, bias), cos, sin, positions, k_cache, v_cache, kv_len)
+    qkv = F.linear(x, weight, bias)
+    return rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale)
