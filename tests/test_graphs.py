@@ -10,6 +10,8 @@ from specvlm.drafts import EagleDraft
 from specvlm.drafts.base import Rehearsal
 from specvlm.graphs import CudaRecorder, RecordingDesk
 from specvlm.policies import Eagle2, FixedShape, Sage
+from specvlm.state import Limits, Sampling
+from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget
 from specvlm.tree import BUCKETS, Plan
 from tests.drafts.test_eagle3 import random_draft as eagle3
@@ -133,7 +135,23 @@ def test_rounds_of_one_shape_are_replayed_whole(recorded):
     recordings, replays = recorder.recordings, recorder.replays
     rounds = specvlm.generate(**options, draft=draft).stats.rounds
     assert recorder.recordings == recordings
-    assert recorder.replays - replays == 4 * rounds  # grow, verify, accept, commit
+    assert recorder.replays - replays == 1 + 4 * rounds  # a look at the picture; grow, verify, accept, commit
+
+
+@torch.inference_mode()
+def test_pictures_of_one_shape_are_seen_by_one_recording(recorded):
+    specvlm, recorder = recorded
+    plain = HFTarget(specvlm.target.model)
+    settings = {"sampling": Sampling(0.0, 0, 1.0, torch.tensor([0])), "limits": Limits(4), "taps": None}
+    for seed in range(5):
+        prompt = prompt_for(plain.model, seed=seed)
+        (state, seen), (_, expected) = (target.prefill(prompt, **settings) for target in (specvlm.target, plain))
+        assert torch.equal(seen.embeds, expected.embeds)
+        kept, told = ([*filter(torch.is_tensor, one.vision.hidden_states)] for one in (seen, expected))
+        assert kept
+        assert all(torch.equal(one, other) for one, other in zip(kept, told, strict=True))
+        state.close()
+    assert (recorder.recordings, recorder.replays) == (1, 4)
 
 
 def test_trees_of_any_maker_are_laid_where_the_steps_read_them(recorded):
@@ -178,11 +196,12 @@ def test_weights_that_move_are_recorded_anew(recorded):
 def test_an_answer_that_grows_is_not_recorded_anew_nor_is_the_next(recorded):
     specvlm, recorder = recorded
     prompt = prompt_for(specvlm.target.model)
-    specvlm.generate(**prompt, max_new_tokens=40)
-    assert recorder.recordings == 4  # the root's tree, verify, accept, commit
+    for new in (40, 30):
+        specvlm.generate(**prompt, max_new_tokens=new)
+    assert recorder.recordings == 5  # the picture's rows, the root's tree, verify, accept, commit
     for new in (90, 7, 60):
         specvlm.generate(**prompt, max_new_tokens=new)
-    assert recorder.recordings == 4
+    assert recorder.recordings == 5
 
 
 def test_after_a_warm_up_nothing_is_left_to_record(recorded):

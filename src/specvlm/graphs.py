@@ -1,4 +1,4 @@
-"""The steps of a round, recorded once for a slab and then replayed: on a GPU a step is launched by one call instead of
+"""An answer's steps, recorded once for a slab and then replayed: on a GPU a step is launched by one call instead of
 hundreds.
 
 A recording holds addresses. So what a step reads lies at the same place in every round and in every answer that comes
@@ -18,7 +18,7 @@ Recorder = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
 class Desk(Protocol):
-    """Where the steps of an answer's rounds are run, and what they read and return lies; one answer has it at a time.
+    """Where the steps of an answer are run, and what they read and return lies; one answer has it at a time.
 
     Attributes:
         records: steps are replayed, and so wait for nothing on the host and meet no Python in between.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten  # where transformers registers its outputs
 from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
@@ -112,18 +113,19 @@ class HFTarget:
         """
         input_ids = self._checked_ids(inputs, limits.max_new_tokens)
         batch, length = input_ids.shape
+        token_ids = input_ids.tolist()  # now, for later it would wait for the prompt's forward
         slab = self._pool.borrow(batch, capacity(length + limits.max_new_tokens))
         try:
-            embeds, image_mask, vision = self._merge(input_ids, inputs)
+            desk = self._desk(slab)
+            embeds, image_mask, vision = self._merge(input_ids, inputs, desk)
             positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
             kv_len = torch.zeros(batch, dtype=torch.int32, device=input_ids.device)
             hidden, features = self._forward(embeds, positions, slab, AttentionStep(kv_len, None), taps)
-            desk = self._desk(slab)
             sampling = sampling.on(desk)
             first = sampling.draw(self.head(hidden[:, -1:]), positions[:, -1:])
             step = Step(*desk.keep("step", first, features[:, -1:], torch.ones_like(kv_len)))
             (stored,) = desk.keep("kv_len", kv_len + length)
-            state = DecodeState(slab, stored, sampling, limits, step, taps, input_ids.tolist(), self._pool, desk)
+            state = DecodeState(slab, stored, sampling, limits, step, taps, token_ids, self._pool, desk)
         except BaseException:
             self._pool.give_back(slab)
             raise
@@ -161,7 +163,7 @@ class HFTarget:
             target's logits.
         """
         input_ids = inputs["input_ids"].to(self.spec.device)
-        embeds, image_mask, vision = self._merge(input_ids, inputs)
+        embeds, image_mask, vision = self._merge(input_ids, inputs, PLAIN_DESK)
         step = AttentionStep(torch.zeros(len(input_ids), dtype=torch.int32, device=input_ids.device), None)
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device).expand_as(input_ids)
         hidden, features = self._forward(embeds, positions, None, step, taps)
@@ -175,11 +177,24 @@ class HFTarget:
         Args:
             pictures: pixel_values, and image_sizes where the model takes them.
         """
-        return self._look(pictures)[0]
+        return self._look(pictures, PLAIN_DESK)[0]
 
-    def _look(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    def _look(self, inputs: Mapping[str, Any], desk: Desk) -> tuple[Tensor, Any]:
         """The rows of all pictures, and the tower's output."""
-        vision = self.model.model.get_image_features(**picture_tensors(inputs, self.spec), return_dict=True)
+        pictures = picture_tensors(inputs, self.spec)
+        if "image_sizes" in pictures:  # whose numbers the model reads on the host, to cut patches by
+            return self._see(**pictures)
+        (pixels,) = desk.keep("pixels", pictures["pixel_values"])
+
+        def see() -> tuple[Any, ...]:
+            leaves, layout = tree_flatten(self._see(pixel_values=pixels))
+            return layout, *leaves
+
+        layout, *leaves = desk.run("see", see, (pixels,), into="vision")
+        return tree_unflatten(leaves, layout)
+
+    def _see(self, **pictures: Tensor) -> tuple[Tensor, Any]:
+        vision = self.model.model.get_image_features(**pictures, return_dict=True)
         return torch.cat(tuple(vision.pooler_output)).to(self.spec.dtype), vision
 
     def _forward(
@@ -215,20 +230,18 @@ class HFTarget:
             _check_pixels(pixels, inputs.get("image_sizes"), self.model.config)
         return input_ids.to(spec.device)
 
-    def _merge(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any | None]:
+    def _merge(self, input_ids: Tensor, inputs: Mapping[str, Any], desk: Desk) -> tuple[Tensor, Tensor, Any | None]:
         """Embeddings with the picture's in their places, which places those are, and the tower's output."""
-        embeds = self.embed(input_ids)
+        embeds, image_mask = self.embed(input_ids), input_ids == self.model.config.image_token_id
+        image_tokens = int(image_mask.sum())  # now, for later it would wait for the tower
         if inputs.get("picture_rows") is not None:
             rows, vision = inputs["picture_rows"].to(embeds), None
         elif inputs.get("pixel_values") is not None:
-            rows, vision = self._look(inputs)
+            rows, vision = self._look(inputs, desk)
         else:
-            return embeds, torch.zeros_like(input_ids, dtype=torch.bool), None
-        image_mask = input_ids == self.model.config.image_token_id
-        if int(image_mask.sum()) != len(rows):
-            raise ValueError(
-                f"input_ids: expected {len(rows)} image tokens for the pictures given, got {int(image_mask.sum())}"
-            )
+            return embeds, torch.zeros_like(image_mask), None
+        if image_tokens != len(rows):
+            raise ValueError(f"input_ids: expected {len(rows)} image tokens for the pictures given, got {image_tokens}")
         return embeds.masked_scatter(image_mask[..., None], rows), image_mask, vision
 
     @torch.no_grad()
