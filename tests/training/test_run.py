@@ -79,7 +79,7 @@ def test_a_trained_draft_answers_by_the_command(command, target, data, tmp_path)
     status, printed, notes = command(*line, *options, "--json")
     found = json.loads(printed)
     assert (status, found["steps"], found["epochs"], found["examples"]) == (0, 6, 2.0, 12)
-    assert (found["truncated"], found["left_out"]) == (0, 0)
+    assert (found["truncated"], found["left_out"], found["left_over"]) == (0, 0, 0)
     assert found["tau"] >= 1
     assert [line.split(":")[0] for line in notes.splitlines()] == ["epoch 1.00", "epoch 2.00"]
     names = ["config.json", "losses.png", "metrics.jsonl", "model.safetensors", "tau.png"]
@@ -102,6 +102,15 @@ def test_for_people(command, target, data, tmp_path):
     assert status == 0
     assert printed == f"{tmp_path / 'out'}: 1 steps, 0.33 epochs of 12 examples\n"
     assert notes.startswith("epoch 0.33: loss ")
+
+
+def test_the_examples_that_fill_no_step_are_told_first(config, capsys):
+    found = training.train(config(batch=8, steps=2, tau_prompts=0), RECIPE)
+    assert (found.examples, found.left_over) == (12, 4)
+    told = "an epoch is 1 steps of 8 examples; 4 of the 12, others each time, are left over"
+    notes = [line for line in capsys.readouterr().err.splitlines() if "epoch" in line]
+    assert notes[0] == told
+    assert [line.split(":")[0] for line in notes[1:]] == ["epoch 1.00", "epoch 2.00"]
 
 
 @pytest.mark.parametrize(
