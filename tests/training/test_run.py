@@ -145,6 +145,18 @@ def test_drafts_of_every_kind(config, tmp_path, changes, kind):
     assert model.generate(**prompt, draft=draft).tokens == model.generate(**prompt).tokens
 
 
+def test_a_gates_choices_are_in_the_metrics(config):
+    elastic = {"kind": "select", "options": [["pool", 4], ["prune", 2], ["none", 1]]}
+    settings = config(steps=3, tau_prompts=0, compressor=json.dumps(elastic))
+    training.train(settings, Recipe(learning_rate=1e-3, rows_weight=0.1))
+    for line in read_metrics(Path(settings.out) / "metrics.jsonl"):
+        chosen = [share for name, share in line.items() if name.startswith("chose ")]
+        assert len(chosen) == 3
+        assert sum(chosen) == pytest.approx(1, abs=1e-4)
+        assert line["GFLOPs saved"] > 0
+        assert {"balance", "rows", "rows left"} <= line.keys()
+
+
 def test_a_trained_draft_can_learn_on(config, tmp_path):
     training.train(config(tau_prompts=0), RECIPE)
     further = config(draft=str(tmp_path / "out"), out=str(tmp_path / "further"), intermediate_size=None, tau_prompts=0)
