@@ -23,6 +23,10 @@ from tests.training.datasets import small_data, small_target
 RECIPE = Recipe(learning_rate=1e-3, checkpoint_every=2, feature_noise=0.1)
 
 
+class Killed(BaseException):
+    """What a test stops a run with."""
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_target(tmp_path_factory.mktemp("target"))
@@ -165,8 +169,22 @@ def test_a_trained_draft_can_learn_on(config, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-class Killed(BaseException):
-    """What a test stops a run with."""
+def test_a_run_does_not_go_on_from_what_another_draft_has_become(config, tmp_path, monkeypatch):
+    training.train(config(steps=1, tau_prompts=0), RECIPE)
+
+    def killed(*args: object) -> None:
+        raise Killed
+
+    def further(draft: str) -> TrainConfig:
+        return config(draft=draft, out=str(tmp_path / "further"), intermediate_size=None, steps=1, tau_prompts=0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_draft", killed)
+        with pytest.raises(Killed):
+            training.train(further(str(tmp_path / "out")), RECIPE)
+    (tmp_path / "out").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"got one with data\.draft '.*out' instead of '.*other'$"):
+        training.train(further(str(tmp_path / "other")), RECIPE)
 
 
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_draft(config, tmp_path, monkeypatch):

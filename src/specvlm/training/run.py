@@ -26,7 +26,16 @@ from specvlm.training.students import new_draft, save_draft
 from specvlm.training.watching import Metrics, draw_plots, tau_estimate
 
 CHECKPOINT, METRICS, ANSWERS = "checkpoint.pt", "metrics.jsonl", "answers.jsonl"
-_SETTINGS: Final = ("batch", "micro_batch", "held_out", "question", "self_generate", "refuse_long", "vocabulary")
+_SETTINGS: Final = (
+    "draft",
+    "batch",
+    "micro_batch",
+    "held_out",
+    "question",
+    "self_generate",
+    "refuse_long",
+    "vocabulary",
+)
 
 
 @dataclass(frozen=True, slots=True)
