@@ -3,6 +3,8 @@
 One process takes every draft in turn; speeds are medians over repeats with quartiles. Prints a table as it goes, writes
 it with a plot and JSON lines to `--out`, and ends in one line of JSON. The table's shares are of the time after the
 first token: the draft's forwards, the target's, and the host's rest, of which growing trees is a part.
+
+``--heads DIR`` compares EAGLE heads with the shipped one on questions of every type about held-out scenes.
 """
 
 import argparse
@@ -22,6 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from bench.corpora import Scenes
 from bench.machine import machine
 from specvlm import SpecVLM, load
 from specvlm.cost_aware import CostAware, costs_of
@@ -44,10 +47,21 @@ def drafts_with(head: Path, shape: Mapping[str, int]) -> dict[str | None, Draft 
     Args:
         shape: fields of the trees' plan, where they are not the CPU's or GPU's own.
     """
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eagle = EagleDraft.from_pretrained(head, Eagle2(replace(default_plan(place), **shape)))
+    eagle = EagleDraft.from_pretrained(head, _eagle2(shape))
     usual = EagleDraft(eagle.head, eagle.policy, shared_noise=False)
     return {None: None, "ngram": NGramDraft(), "eagle": eagle, "eagle, usual tree": usual}
+
+
+def heads_of(folders: Sequence[Path], shape: Mapping[str, int]) -> dict[str | None, Draft | None]:
+    """AR, the shipped head, and those in `folders` by their paths, all growing trees of one shape."""
+    named = {"the shipped head": HEAD_DIR} | {str(folder): folder for folder in folders}
+    found: dict[str | None, Draft | None] = {None: None}
+    return found | {name: EagleDraft.from_pretrained(folder, _eagle2(shape)) for name, folder in named.items()}
+
+
+def _eagle2(shape: Mapping[str, int]) -> Eagle2:
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Eagle2(replace(default_plan(place), **shape))
 
 
 def policies_of(head: Path, model: SpecVLM) -> dict[str | None, Draft | None]:
@@ -200,9 +214,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="repeats a condition (5)")
-    parser.add_argument("--prompts", type=int, default=6, help="held-out scenes to describe (6)")
+    parser.add_argument(
+        "--prompts", type=int, default=6, help="held-out scenes to describe, or questions of each type (6)"
+    )
     parser.add_argument("--tokens", type=int, default=96, help="most tokens an answer (96)")
     parser.add_argument("--head", type=Path, default=HEAD_DIR, help="an EAGLE head's folder (the shipped one)")
+    parser.add_argument("--heads", type=Path, nargs="+", help="compare the heads in these folders with the shipped one")
     parser.add_argument("--nodes", type=int, help="nodes of the EAGLE trees")
     parser.add_argument("--depth", type=int, help="depth of the EAGLE trees")
     parser.add_argument("--width", type=int, help="width of the EAGLE trees")
@@ -214,22 +231,29 @@ def main() -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected an integer >= 1, got {getattr(args, name)}")
     shape = {name: value for name in ("nodes", "depth", "width") if (value := getattr(args, name)) is not None}
-    if args.policies and shape:
-        parser.error(f"--policies: expected no {', '.join(shape)} besides")
+    if args.policies and (shape or args.heads):
+        parser.error(f"--policies: expected no {', '.join(shape or ['heads'])} besides")
     model = load("demo")
     device = model.target.spec.device
-    prompts = [
-        {name: given.to(device) for name, given in model.prepare(task.picture, task.question).items()}
-        for task in tasks(args.prompts)
-    ]
-    about = machine() | {"repeats": args.repeats, "prompts": args.prompts, "max_new_tokens": args.tokens}
+    if args.heads:
+        asked = [
+            inputs for _, inputs in Scenes().prompts(model, args.prompts, seed=103)
+        ]  # a seed of no other benchmark
+    else:
+        asked = [model.prepare(task.picture, task.question) for task in tasks(args.prompts)]
+    prompts = [{name: given.to(device) for name, given in inputs.items()} for inputs in asked]
+    about = machine() | {"repeats": args.repeats, "prompts": len(prompts), "max_new_tokens": args.tokens}
     about["greedy tokens/s end to end"] = against_hf(model, prompts, args.repeats, args.tokens)
     rows: list[Row] = []
     for temperature in args.temperatures:  # each with fresh drafts: some policies learn from what they see
+        if args.policies:
+            drafts = policies_of(args.head, model)
+        else:
+            drafts = heads_of(args.heads, shape) if args.heads else drafts_with(args.head, shape)
         repeats = measure(
             model,
             prompts,
-            policies_of(args.head, model) if args.policies else drafts_with(args.head, shape),
+            drafts,
             temperatures=[temperature],
             repeats=args.repeats,
             max_new_tokens=args.tokens,
@@ -239,8 +263,8 @@ def main() -> None:
         rows += latest
     if different := [f"{row.draft} at {row.temperature}" for row in rows if not row.identical]:
         sys.exit(f"answers that are not AR's: {', '.join(different)}")
-    name, draw = ("policies", bars) if args.policies else ("compare", plot)
-    report(rows, about, args.out, name, draw)
+    name = "policies" if args.policies else "heads" if args.heads else "compare"
+    report(rows, about, args.out, name, plot if name == "compare" else bars)
     print(json.dumps(about | {"rows": [asdict(row) for row in rows]}))
 
 

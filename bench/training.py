@@ -228,7 +228,7 @@ def rows_of(corpus: Corpus, args: argparse.Namespace, runs: Sequence[Mapping[str
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-    columns = ["draft head", "tau, T = 0", "tau, T = 1", "x AR, T = 0", "x AR, T = 1"]
+    columns = ["draft head", "tau, T = 0", "tau, T = 1", "tokens/s (x AR), T = 0", "tokens/s (x AR), T = 1"]
     columns += ["tau of what is seen", "of the rest"] if "by class" in rows[0] else []
     columns += ["picture rows", "equal"]
     lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 2), "---"])]
@@ -236,7 +236,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [
             row["variant"],
             *(_spread(row["tau"][t]) for t in (0.0, 1.0)),
-            *(f"{x:.2f}" for x in row["x AR"].values()),
+            *(f"{row['tokens/s'][t]['median']:.0f} ({row['x AR'][t]:.2f})" for t in (0.0, 1.0)),
         ]
         cells += [f"{tau:.2f}" for tau in row.get("by class", {}).values()]
         cells += [f"{row['rows left']:.0%}" if "rows left" in row else "", "yes" if row["identical"] else "NO"]

@@ -1,25 +1,22 @@
 """The command line: `specvlm demo`, `generate`, `check`, `train`, `vocab` and `doctor`.
 
-Options are the fields of dataclasses: `GenerateConfig` says how tokens are drawn, here as in Python. What a user got
-wrong ends in one line and exit status 2.
+Options are the fields of dataclasses: `GenerateConfig` says how tokens are drawn, here as in Python.
 """
 
-import functools
-import inspect
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from specvlm.config import GenerateConfig, Recipe, TrainConfig
+from specvlm.options import run, with_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,11 +28,8 @@ if TYPE_CHECKING:
     from specvlm.measuring import Row
     from specvlm.stats import Stats
 
-#: Exit statuses besides 0.
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-#: What typer raises for a command line that it cannot read, whether its click is its own or the package.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+#: The exit status of what was done and found wanting.
+FAILED = 1
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -46,24 +40,7 @@ Images = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: with 2, after one line, for what a user got wrong."""
-    try:
-        status = app(args=arguments, prog_name="specvlm", standalone_mode=False)
-    except typer.Abort:
-        status = INTERRUPTED
-    except _UsageError as error:
-        status = _complain(error.format_message())  # type: ignore[attr-defined]
-    except (ValueError, TypeError, OSError) as error:
-        status = _complain(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported before there is work for it
-            raise
-        status = _complain(f"memory: expected enough for the model and its answer, got {error}")
-    sys.exit(status)
-
-
-def _complain(problem: str) -> int:
-    print("error:", " ".join(problem.split()), file=sys.stderr)
-    return BAD_INPUT
+    run(app, "specvlm", arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,44 +70,6 @@ def _silence() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes options of the fields of every parameter that is a dataclass.
-
-    Names, types and defaults are the fields', help is their metadata's. The dataclass is built, and so checked,
-    before `command` runs.
-    """
-    configs: dict[str, Any] = {name: hint for name, hint in get_type_hints(command).items() if is_dataclass(hint)}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        parameters += _options(configs[parameter.name]) if parameter.name in configs else [parameter]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> Any:
-        built = {
-            name: config(**{one.name: values.pop(one.name) for one in fields(config)})
-            for name, config in configs.items()
-        }
-        return command(**built, **values)
-
-    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _options(config: Any) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(config)
-    for one in fields(config):
-        # An option that may be given again is a list to typer.
-        hint = list[str] | None if hints[one.name] == tuple[str, ...] | None else hints[one.name]
-        yield inspect.Parameter(
-            one.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if one.default is MISSING else one.default,
-            annotation=Annotated[hint, typer.Option(help=one.metadata["help"])],
-        )
 
 
 @app.callback(invoke_without_command=True)

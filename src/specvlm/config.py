@@ -152,7 +152,34 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class HeadConfig:
+    """What a fresh head is like.
+
+    Raises:
+        ValueError: a field is out of its range, naming it, what was expected and what came.
+        TypeError: a field is of the wrong type.
+    """
+
+    vocabulary: str | None = field(
+        default=None, metadata={"help": "A file of specvlm vocab: the head proposes these tokens alone."}
+    )
+    compressor: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a head reads of a picture: text_only, decoupled, vispec, or a JSON object of settings."
+        },
+    )
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width inside the head's MLP; by default the target's."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.intermediate_size is not None:
+            check_int("intermediate_size", self.intermediate_size, low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(HeadConfig):
     """What a draft is trained for and on, and where it goes.
 
     Raises:
@@ -171,18 +198,6 @@ class TrainConfig:
         default=None, metadata={"help": "A folder or .tar that the data's paths start from; by default the data's own."}
     )
     question: str | None = field(default=None, metadata={"help": "What is asked where the data have captions alone."})
-    vocabulary: str | None = field(
-        default=None, metadata={"help": "A file of specvlm vocab: the head proposes these tokens alone."}
-    )
-    compressor: str | None = field(
-        default=None,
-        metadata={
-            "help": "What a head reads of a picture: text_only, decoupled, vispec, or a JSON object of settings."
-        },
-    )
-    intermediate_size: int | None = field(
-        default=None, metadata={"help": "Width inside the head's MLP; by default the target's."}
-    )
     epochs: int = field(default=5, metadata={"help": "How often every example is seen, unless steps are given."})
     steps: int | None = field(default=None, metadata={"help": "Steps of the optimiser, instead of epochs."})
     batch: int = field(default=128, metadata={"help": "Examples in a step."})
@@ -206,11 +221,11 @@ class TrainConfig:
     device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the GPU if there is one."})
 
     def __post_init__(self) -> None:
+        HeadConfig.__post_init__(self)  # super() does not know a slotted dataclass
         for name in ("epochs", "batch", "micro_batch", "max_new_tokens"):
             check_int(name, getattr(self, name), low=1)
-        for name in ("steps", "intermediate_size"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), low=1)
+        if self.steps is not None:
+            check_int("steps", self.steps, low=1)
         check_int("tau_prompts", self.tau_prompts, low=0)
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch: expected a divisor of the batch of {self.batch}, got {self.micro_batch}")

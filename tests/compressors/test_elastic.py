@@ -177,6 +177,35 @@ def test_gradients_in_float64(config):
     assert torch.autograd.gradcheck(compressed, [prompt.embeds.double().requires_grad_(), *weights])
 
 
+def test_a_gates_gradient_in_float64():
+    """Straight through: as if what was chosen were scaled by its chance over what that chance is now."""
+    torch.manual_seed(0)
+    select = SelectConfig((("pool", 4), ("resample", 3), ("all", 1))).build(4).double().train()
+    prompt = pictured(5, width=4)
+    prompt = replace(prompt, embeds=prompt.embeds.double(), features=prompt.features.double())
+    weights = list(select.gate.parameters())
+
+    def chances(*given: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        named = dict(zip(dict(select.gate.named_parameters()), given, strict=True))
+        logits = torch.func.functional_call(select.gate, named, (prompt,))
+        return (logits - torch.log(-torch.log(torch.rand_like(logits)))).softmax(dim=-1)
+
+    torch.manual_seed(1)
+    seen = select(prompt)
+    assert len(set(seen.choice.picked.tolist())) > 1
+    weighed = seen.embeds * torch.randn_like(seen.embeds)
+    found = torch.autograd.grad(weighed.sum(), weights)
+    counts = seen.image_mask & (torch.arange(seen.embeds.shape[1]) < seen.lengths[:, None])
+    shares = (weighed.sum(dim=-1) * counts).sum(dim=1).detach()
+    assert torch.autograd.gradcheck(chances, weights, fast_mode=True)
+    chance = chances(*weights).gather(1, seen.choice.picked[:, None])[:, 0]
+    expected = torch.autograd.grad((shares * chance).sum(), weights)
+    for one, other in zip(found, expected, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,14 +1,24 @@
 """The shipped head: small, lossless in every way an answer can go and end, and faster in rounds than a word a round."""
 
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 
 from specvlm import SpecVLM, load
+from specvlm.compressors import TextOnlyConfig
 from specvlm.demo import HEAD_DIR, MODEL_DIR, SMALL_DIR, train_head
 from specvlm.demo.data import Encoder
 from specvlm.demo.run import tasks
 from specvlm.drafts import EagleDraft
+from specvlm.options import run
 from specvlm.training import DistillConfig
+from specvlm.training.students import eagle_head
 from tests.fakes import SAMPLING
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +94,53 @@ def test_batches_hold_answers_and_mark_them(model):
         assert (ids[len(used) :] == tokenizer.pad_token_id).all()
 
 
-def test_a_run_writes_a_head_and_its_log_and_leaves_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_head, "BATCH", 2)
-    train_head.train(tmp_path / "head", DistillConfig(steps=2, checkpoint_every=1))
+@pytest.fixture
+def quick(monkeypatch):
+    """Batches of two examples, and no decoding."""
+    batch_of = train_head.batch_of
+    monkeypatch.setattr(train_head, "batch_of", lambda step, encoder: batch_of(step, encoder, size=2))
+    monkeypatch.setattr(train_head, "measured_tau", lambda model, draft: 1.0)
+
+
+def test_a_run_writes_a_head_and_its_log_and_leaves_nothing_else(tmp_path, quick):
+    train_head.train(tmp_path / "head", train_head.HEAD, DistillConfig(steps=2, checkpoint_every=1))
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
     assert EagleDraft.from_pretrained(tmp_path / "head").head.config.hidden_size == 256
     assert len((tmp_path / "head" / train_head.LOG_NAME).read_text().splitlines()) == 2
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run(train_head.app, "train_head", [str(argument) for argument in arguments])
+    return ended.value.code or 0
+
+
+def test_without_options_the_command_trains_the_shipped_head(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train_head, "train", lambda *given: trained.append(given))
+    assert command("--out", tmp_path) == 0
+    ((out, head, config),) = trained
+    assert (out, config) == (tmp_path, DistillConfig(**asdict(train_head.RECIPE), steps=3000))
+    draft = EagleDraft.from_pretrained(HEAD_DIR)
+    assert eagle_head(head, load("demo").target).head.config == draft.head.config
+
+
+def test_the_documented_command_trains_a_head_that_reads_no_picture(tmp_path, quick, model, prompts, monkeypatch):
+    line = re.search(r"^(python -m specvlm.demo.train_head .*) &&", DOCS.read_text(), re.M)
+    _, _, _, *arguments = shlex.split(line[1])
+    used = []
+    train = train_head.train
+    monkeypatch.setattr(train_head, "train", lambda *given: used.append(given[2]) or train(*given))
+    assert command(*arguments, "--steps", 2, "--out", tmp_path / "head") == 0
+    (config,) = used
+    assert (config.unrolled, config.learning_rate, config.warm_up) == (3, 3e-3, train_head.RECIPE.warm_up)
+    draft = EagleDraft.from_pretrained(tmp_path / "head")
+    assert draft.head.config.compressor == TextOnlyConfig()
+    plain, drafted = (model.generate(**prompts[0], max_new_tokens=8, draft=given).tokens for given in (None, draft))
+    assert drafted == plain
+
+
+def test_a_head_that_cannot_be_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert command("--out", tmp_path / "head", "--compressor", "nosuch") == 2
+    assert "\nerror: compressor: expected a kind of text_only, decoupled" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -154,7 +154,7 @@ def many(folder: Path, count: int = 23) -> list[Example]:
 def test_batches_follow_from_their_numbers(folder, encoder):
     found = survey(many(folder), encoder)
     batches = Batches(found, encoder, size=3, per_step=2, seed=5)
-    assert batches.steps_per_epoch == 3
+    assert (batches.steps_per_epoch, batches.left_over) == (3, 5)
     places = [batches.places(number) for number in range(18)]
     again = Batches(found, encoder, size=3, per_step=2, seed=5)
     assert [again.places(number) for number in (17, 3, 9, 0)] == [places[number] for number in (17, 3, 9, 0)]

@@ -20,10 +20,12 @@ def test_gradients_in_float64():
     logits, teacher_logits = torch.randn(2, 4, 7, dtype=torch.float64)
     features, teacher_features = 2 * torch.randn(2, 4, 5, dtype=torch.float64)
     some, few = torch.tensor([1, 4, 6]), torch.randn(4, 3, dtype=torch.float64)
-    for own, vocabulary in ((logits, None), (few, some)):
+    shares = torch.tensor([1.0, 0.8, 0.0, 0.5], dtype=torch.float64)
+    for own, vocabulary, weights in ((logits, None, None), (few, some, None), (few, some, shares)):
+        given = {"vocabulary": vocabulary, "weights": weights}
         own.requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x, ids=vocabulary: tuple(logit_losses(x, teacher_logits, ALL, vocabulary=ids).parts.values()), (own,)
+            lambda x, given=given: tuple(logit_losses(x, teacher_logits, ALL, **given).parts.values()), (own,)
         )
     assert torch.autograd.gradcheck(lambda x: feature_loss(x, teacher_features), (features.requires_grad_(),))
 

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 PYTHON = (sys.executable, "-m")
 TRAIN = ("specvlm", "train")
+#: A compressor whose gate draws in training.
+ELASTIC = json.dumps({"kind": "select", "options": [["pool", 4], ["prune", 2], ["none", 1]]})
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,13 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(line, tmp
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-@pytest.mark.parametrize("draft", ["eagle", "eagle3"])
-def test_two_processes_train_the_same_draft_as_one(line, tmp_path, draft):
-    line = (*line, "--draft", draft, "--steps", "8", "--self-generate")
+@pytest.mark.parametrize(
+    "options",
+    [("--draft", "eagle"), ("--draft", "eagle3"), ("--compressor", ELASTIC, "--rows-weight", "0.1")],
+    ids=["eagle", "eagle3", "elastic"],
+)
+def test_two_processes_train_the_same_draft_as_one(line, tmp_path, options):
+    line = (*line, *options, "--steps", "8", "--self-generate")
     ended(started(*PYTHON, *TRAIN, *line, "--out", str(tmp_path / "one")))
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
     out = ended(started(*PYTHON, *torchrun, *TRAIN, *line, "--device", "cpu", "--out", str(tmp_path / "two")))

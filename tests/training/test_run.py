@@ -23,6 +23,10 @@ from tests.training.datasets import small_data, small_target
 RECIPE = Recipe(learning_rate=1e-3, checkpoint_every=2, feature_noise=0.1)
 
 
+class Killed(BaseException):
+    """What a test stops a run with."""
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_target(tmp_path_factory.mktemp("target"))
@@ -79,7 +83,7 @@ def test_a_trained_draft_answers_by_the_command(command, target, data, tmp_path)
     status, printed, notes = command(*line, *options, "--json")
     found = json.loads(printed)
     assert (status, found["steps"], found["epochs"], found["examples"]) == (0, 6, 2.0, 12)
-    assert (found["truncated"], found["left_out"]) == (0, 0)
+    assert (found["truncated"], found["left_out"], found["left_over"]) == (0, 0, 0)
     assert found["tau"] >= 1
     assert [line.split(":")[0] for line in notes.splitlines()] == ["epoch 1.00", "epoch 2.00"]
     names = ["config.json", "losses.png", "metrics.jsonl", "model.safetensors", "tau.png"]
@@ -102,6 +106,15 @@ def test_for_people(command, target, data, tmp_path):
     assert status == 0
     assert printed == f"{tmp_path / 'out'}: 1 steps, 0.33 epochs of 12 examples\n"
     assert notes.startswith("epoch 0.33: loss ")
+
+
+def test_the_examples_that_fill_no_step_are_told_first(config, capsys):
+    found = training.train(config(batch=8, steps=2, tau_prompts=0), RECIPE)
+    assert (found.examples, found.left_over) == (12, 4)
+    told = "an epoch is 1 steps of 8 examples; 4 of the 12, others each time, are left over"
+    notes = [line for line in capsys.readouterr().err.splitlines() if "epoch" in line]
+    assert notes[0] == told
+    assert [line.split(":")[0] for line in notes[1:]] == ["epoch 1.00", "epoch 2.00"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,18 @@ def test_drafts_of_every_kind(config, tmp_path, changes, kind):
     assert model.generate(**prompt, draft=draft).tokens == model.generate(**prompt).tokens
 
 
+def test_a_gates_choices_are_in_the_metrics(config):
+    elastic = {"kind": "select", "options": [["pool", 4], ["prune", 2], ["none", 1]]}
+    settings = config(steps=3, tau_prompts=0, compressor=json.dumps(elastic))
+    training.train(settings, Recipe(learning_rate=1e-3, rows_weight=0.1))
+    for line in read_metrics(Path(settings.out) / "metrics.jsonl"):
+        chosen = [share for name, share in line.items() if name.startswith("chose ")]
+        assert len(chosen) == 3
+        assert sum(chosen) == pytest.approx(1, abs=1e-4)
+        assert line["GFLOPs saved"] > 0
+        assert {"balance", "rows", "rows left"} <= line.keys()
+
+
 def test_a_trained_draft_can_learn_on(config, tmp_path):
     training.train(config(tau_prompts=0), RECIPE)
     further = config(draft=str(tmp_path / "out"), out=str(tmp_path / "further"), intermediate_size=None, tau_prompts=0)
@@ -144,8 +169,22 @@ def test_a_trained_draft_can_learn_on(config, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-class Killed(BaseException):
-    """What a test stops a run with."""
+def test_a_run_does_not_go_on_from_what_another_draft_has_become(config, tmp_path, monkeypatch):
+    training.train(config(steps=1, tau_prompts=0), RECIPE)
+
+    def killed(*args: object) -> None:
+        raise Killed
+
+    def further(draft: str) -> TrainConfig:
+        return config(draft=draft, out=str(tmp_path / "further"), intermediate_size=None, steps=1, tau_prompts=0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_draft", killed)
+        with pytest.raises(Killed):
+            training.train(further(str(tmp_path / "out")), RECIPE)
+    (tmp_path / "out").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"got one with data\.draft '.*out' instead of '.*other'$"):
+        training.train(further(str(tmp_path / "other")), RECIPE)
 
 
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_draft(config, tmp_path, monkeypatch):

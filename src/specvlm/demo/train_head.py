@@ -1,19 +1,22 @@
-"""Trains the demo's EAGLE head on the demo's model: ``python -m specvlm.demo.train_head --out DIR``.
+"""Trains an EAGLE head on the demo's model: ``python -m specvlm.demo.train_head --out DIR``.
 
 Online-logit distillation on scenes of the training side, drawn as they are needed; a step's batch follows from its
-number, so a run that was killed resumes to the same weights.
+number, so a run that was killed resumes to the same weights. What the head is like and how it learns are options, the
+same as `specvlm train` has; by default they are the shipped head's.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+import typer
 
+from specvlm.config import HeadConfig, Recipe
 from specvlm.console import counting_bar
 from specvlm.decoder import SpecVLM
 from specvlm.demo import MODEL_DIR
@@ -22,13 +25,19 @@ from specvlm.demo.grammar import TYPES, ask
 from specvlm.demo.run import tasks
 from specvlm.demo.scenes import Scene, split_scene
 from specvlm.demo.train import LOG_NAME, keep_freed_memory
-from specvlm.drafts import Draft, EagleConfig, EagleDraft, EagleHead
+from specvlm.drafts import Draft
 from specvlm.loading import load
+from specvlm.options import run, with_options
 from specvlm.targets.hf import HFTarget
 from specvlm.training import Batch, DistillConfig, Progress, distill
+from specvlm.training.students import eagle_head
 
 BATCH = 12
 INTERMEDIATE_SIZE = 704
+HEAD = HeadConfig(intermediate_size=INTERMEDIATE_SIZE)
+RECIPE = Recipe(learning_rate=2e-3, feature_noise=0.1, warm_up=50, checkpoint_every=100)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def batch_of(step: int, encoder: Encoder, size: int = BATCH) -> Batch:
@@ -77,18 +86,21 @@ def watch(run: Iterable[Progress], config: DistillConfig, log: Path) -> None:
                 lines.flush()
 
 
-def train(out: Path, config: DistillConfig) -> None:
-    """Trains a head and writes it to `out`, with its log; the checkpoint lies beside `out` until it is done."""
+def train(out: Path, head: HeadConfig, config: DistillConfig) -> None:
+    """Trains a head and writes it to `out`, with its log; the checkpoint lies beside `out` until it is done.
+
+    Raises:
+        ValueError, TypeError: a head that cannot be, or a checkpoint of another training.
+    """
     model = load(MODEL_DIR)
     target = cast(HFTarget, model.target)
     torch.manual_seed(config.seed)
-    spec = model.target.spec
-    draft = EagleDraft(EagleHead(EagleConfig.for_target(spec, INTERMEDIATE_SIZE, input_layernorm=True)))
-    draft.bind(model.target)
+    draft = eagle_head(head, target)
+    draft.bind(target)
     encoder = Encoder(model.processor.tokenizer)
     checkpoint = out.with_name(f"{out.name}.checkpoint.pt")
     log = out.with_name(f"{out.name}.log.jsonl")
-    run = distill(
+    steps = distill(
         target,
         draft,
         lambda step: batch_of(step, encoder),
@@ -96,25 +108,30 @@ def train(out: Path, config: DistillConfig) -> None:
         checkpoint=checkpoint,
         measure_tau=lambda: measured_tau(model, draft),
     )
-    watch(run, config, log)
+    watch(steps, config, log)
     draft.head.bfloat16()
     draft.save_pretrained(out)
     log.replace(out / LOG_NAME)
     checkpoint.unlink()
 
 
+@app.command()
+@with_options
+def train_head(
+    out: Annotated[Path, typer.Option(help="Folder of the head to write.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 3000,
+    head: HeadConfig = HEAD,
+    recipe: Recipe = RECIPE,
+) -> None:
+    """Train an EAGLE head on the model that ships, by what that model says about scenes; a stopped run goes on."""
+    train(out, head, DistillConfig(**asdict(recipe), steps=steps))
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the head to write")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (3000)")
-    args = parser.parse_args()
     torch.set_num_threads(2)
     keep_freed_memory()
-    train(
-        args.out,
-        DistillConfig(steps=args.steps, learning_rate=2e-3, feature_noise=0.1, warm_up=50, checkpoint_every=100),
-    )
+    run(app, "python -m specvlm.demo.train_head")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class PictureCache:
 class Batches:
     """The batches of a training by their numbers, from 0 on: the same whenever one is asked for.
 
-    An epoch is as many whole steps as there are examples for; what is left over changes from epoch to epoch. Batches of
+    An epoch is as many whole steps as there are examples for; what is left over is drawn anew in every one. Batches of
     an epoch stand in random order; the examples of one are of like length.
 
     Args:
@@ -185,6 +185,8 @@ class Batches:
                 f"batch: expected at most the {len(found.examples)} examples that there are to learn from, got "
                 f"{size * per_step}"
             )
+        #: Examples that an epoch has no whole step for.
+        self.left_over = len(found.examples) % (size * per_step)
         self._per_epoch = self.steps_per_epoch * per_step
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 

@@ -1,4 +1,9 @@
-"""The processes of a training: one, or those that torchrun started, which share the batches of every step."""
+"""The processes of a training: one, or those that torchrun started, which share the batches of every step.
+
+Gradients are added up here and not by DistributedDataParallel, which hooks the forward of one module, where a lesson
+runs a head's parts several times over, and takes means of processes in the weights' own dtype, where rows are to weigh
+alike whoever has how many of them, and bf16 weights learn by fp32 sums.
+"""
 
 import datetime
 import os

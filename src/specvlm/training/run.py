@@ -26,7 +26,16 @@ from specvlm.training.students import new_draft, save_draft
 from specvlm.training.watching import Metrics, draw_plots, tau_estimate
 
 CHECKPOINT, METRICS, ANSWERS = "checkpoint.pt", "metrics.jsonl", "answers.jsonl"
-_SETTINGS: Final = ("batch", "micro_batch", "held_out", "question", "self_generate", "refuse_long", "vocabulary")
+_SETTINGS: Final = (
+    "draft",
+    "batch",
+    "micro_batch",
+    "held_out",
+    "question",
+    "self_generate",
+    "refuse_long",
+    "vocabulary",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,7 @@ class Trained:
         steps, epochs: of the optimiser, and what they come to.
         examples: learned from.
         truncated, left_out: examples cut at the context, and such with nothing to learn from.
+        left_over: examples, others each time, that an epoch has no whole step for.
         loss, agreement: of the last step; None: there was none left to do.
         tau: as it was measured last.
     """
@@ -48,6 +58,7 @@ class Trained:
     examples: int
     truncated: int
     left_out: int
+    left_over: int
     loss: float | None
     agreement: float | None
     tau: float | None
@@ -96,9 +107,9 @@ def train(config: TrainConfig, recipe: Recipe) -> Trained | None:
     last = _watch(run, steps, each, out, default_plan(target.spec.device).depth)
     save_draft(work.draft, model.processor, out)
     (out / CHECKPOINT).unlink(missing_ok=True)
-    found = work.found
+    found, over = work.found, work.batches.left_over
     numbers = (None, None, None) if last is None else (last.loss, last.agreement, last.tau)
-    return Trained(str(out), steps, steps / each, len(found.examples), found.truncated, found.left_out, *numbers)
+    return Trained(str(out), steps, steps / each, len(found.examples), found.truncated, found.left_out, over, *numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +152,26 @@ def _prepare(config: TrainConfig, recipe: Recipe, ranks: Ranks, model: SpecVLM) 
         training = with_answers(training, out / ANSWERS)
     with counting_bar("reading", len(training), shown=ranks.leads) as show:
         found = survey(training, encoder, refuse_long=config.refuse_long, show=show)
-    if ranks.leads and (found.truncated or found.left_out):
-        note = f"{found.truncated} examples cut at the context of {encoder.context} tokens, {found.left_out} left out"
-        screen(stderr=True).print(note)
     sees = isinstance(draft, VLMDraft) and draft.sees  # itself, for which the target's rows are of no use
     cache = None if sees else PictureCache(target, encoder, free_bytes(torch.device("cpu")) // (4 * ranks.size))
     per_step = config.batch // config.micro_batch
     batches = Batches(found, encoder, size=config.micro_batch, per_step=per_step, seed=recipe.seed, cache=cache)
+    if ranks.leads:
+        _tell(found, batches, encoder.context, config.batch)
     about = {"examples": fingerprint(examples)} | {name: getattr(config, name) for name in _SETTINGS}
     return _Work(draft, encoder, found, batches, parts.held_out[: config.tau_prompts], about)
+
+
+def _tell(found: Survey, batches: Batches, context: int, batch: int) -> None:
+    """What of the data is not learned from, if anything is not."""
+    notes = screen(stderr=True)
+    if found.truncated or found.left_out:
+        notes.print(f"{found.truncated} examples cut at the context of {context} tokens, {found.left_out} left out")
+    if batches.left_over:
+        notes.print(
+            f"an epoch is {batches.steps_per_epoch} steps of {batch} examples; {batches.left_over} of the "
+            f"{len(found.examples)}, others each time, are left over"
+        )
 
 
 def _watch(run: Iterable[Progress], steps: int, steps_per_epoch: int, out: Path, depth: int) -> Progress | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel
 
-from specvlm.compressors import compressor_config
-from specvlm.config import TrainConfig
+from specvlm.compressors import CompressorConfig, compressor_config
+from specvlm.config import HeadConfig, TrainConfig
 from specvlm.drafts import (
     BlockConfig,
     BlockDraft,
@@ -41,8 +42,8 @@ def new_draft(config: TrainConfig, target: Target, seed: int) -> Draft:
         ValueError: there is no such draft, it does not fit the target, or an option is for other drafts.
     """
     torch.manual_seed(seed)
-    if config.draft in ("eagle", "eagle3"):
-        draft = _fresh_head(config, target)
+    if config.draft in _HEADS:
+        draft: Any = _HEADS[config.draft](config, target)
     elif config.draft == "block":
         _refuse(config, "an EAGLE head", "compressor", "vocabulary")
         draft = BlockDraft(BlockHead(BlockConfig.for_target(target.spec, _width(config, target))))
@@ -63,22 +64,41 @@ def _refuse(config: TrainConfig, but_for: str, *names: str) -> None:
             raise ValueError(f"{name}: expected none but for {but_for}, got {getattr(config, name)}")
 
 
-def _width(config: TrainConfig, target: Target) -> int:
+def _width(config: HeadConfig, target: Target) -> int:
     return config.intermediate_size or target.model.config.text_config.intermediate_size
 
 
-def _fresh_head(config: TrainConfig, target: Target) -> Draft:
-    spec, width = target.spec, _width(config, target)
-    ids = None if config.vocabulary is None else read_vocabulary(config.vocabulary, spec)
-    compressor = None if config.compressor is None else compressor_config(_compressor_settings(config.compressor))
-    if config.draft == "eagle":
-        sizes = EagleConfig.for_target(spec, width, input_layernorm=True)
-        draft = EagleDraft(EagleHead(replace(sizes, compressor=compressor)))
-        return draft if ids is None else draft.with_vocabulary(ids)
-    ids = sorted(set(range(spec.vocab_size)) - spec.media_ids) if ids is None else ids
-    head = Eagle3Head(replace(Eagle3Config.for_target(spec, width, len(ids)), compressor=compressor))
+def eagle_head(config: HeadConfig, target: Target) -> EagleDraft:
+    """A fresh EAGLE head with the target's sizes, bound to none.
+
+    Raises:
+        ValueError, TypeError: a compressor or a vocabulary that cannot be.
+    """
+    sizes = EagleConfig.for_target(target.spec, _width(config, target), input_layernorm=True)
+    draft = EagleDraft(EagleHead(replace(sizes, compressor=_compressor(config))))
+    if config.vocabulary is None:
+        return draft
+    return draft.with_vocabulary(read_vocabulary(config.vocabulary, target.spec))
+
+
+def _eagle3_head(config: HeadConfig, target: Target) -> Eagle3Draft:
+    spec = target.spec
+    everything = sorted(set(range(spec.vocab_size)) - spec.media_ids)
+    ids = everything if config.vocabulary is None else read_vocabulary(config.vocabulary, spec)
+    sizes = Eagle3Config.for_target(spec, _width(config, target), len(ids))
+    head = Eagle3Head(replace(sizes, compressor=_compressor(config)))
     head.set_vocabulary(torch.tensor(ids))
     return Eagle3Draft(head)
+
+
+_HEADS: Final[dict[str, Callable[[HeadConfig, Target], EagleDraft | Eagle3Draft]]] = {
+    "eagle": eagle_head,
+    "eagle3": _eagle3_head,
+}
+
+
+def _compressor(config: HeadConfig) -> CompressorConfig | None:
+    return None if config.compressor is None else compressor_config(_compressor_settings(config.compressor))
 
 
 def _compressor_settings(told: str) -> Any:
