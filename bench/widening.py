@@ -22,7 +22,7 @@ anew. The products' sums are those of the small model with zeros between, in ano
 to near-ties of rounding, while in bf16 a near-tie may well flip.
 
 The vision tower stays the small one, and so do its rows in the prompt: what a widened model says of prefill is not what
-a large model would.
+a large model would. Rotations and the context stay the small model's as well.
 """
 
 import copy
