@@ -56,7 +56,7 @@ class TracedTarget:
     def head(self, hidden: Tensor) -> Tensor:
         return self._target.head(hidden)
 
-    def head_rows(self, ids: Tensor) -> Tensor:
+    def head_rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._target.head_rows(ids)
 
     def prefill(

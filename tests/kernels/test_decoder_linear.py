@@ -67,6 +67,16 @@ def test_linear_kernel(device, case):
     check(linear, _linear_kernel, case, device, exact_product(**case))
 
 
+def test_a_bias_of_minus_infinity_is_its_outputs_value_alone(device):
+    case = product_case(3, 40, 130)
+    case["bias"][70:] = -torch.inf
+    with launched(_linear_kernel):
+        got = linear(**moved(case, device)).cpu()
+    assert (got[..., 70:] == -torch.inf).all()
+    exact = exact_product(**case)[..., :70]
+    assert_close([got[..., :70]], [exact], [exact.float()])
+
+
 @settings(max_examples=12, deadline=None)
 @given(case=products(even=True))
 def test_gated_kernel(device, case):

@@ -124,6 +124,18 @@ def test_reference_orders_ties_and_fills_with_no_proposal():
     check_rows_that_are_not_finite("cpu")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.8])
+def test_tiles_of_nothing_but_tokens_that_cannot_be_leave_the_others_as_they_are(device, temperature):
+    logits, positions, seed = random_logits(1, 2, 90, seed=4), places(1, 2), torch.tensor([5])
+    assert clear_cut(logits, 12, positions, temperature, seed)
+    expected = reference.draft_topk(logits, 12, positions, temperature=temperature, seed=seed)
+    filled = torch.full((1, 2, 2 * drafting.TILE + 5), -INF)
+    filled[..., :90] = logits
+    with launched(*KERNELS):
+        got = draft_topk(filled.to(device), 12, positions.to(device), temperature=temperature, seed=seed.to(device))
+    check_same(got, expected)
+
+
 def check_a_reduced_vocabulary(device: str, temperature: float | torch.Tensor, descending: bool) -> None:
     """It is as if the logits had been spread over the whole vocabulary."""
     whole, ids = (

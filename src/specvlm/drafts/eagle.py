@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -87,7 +88,7 @@ class EagleDraft(PairDraft):
     head_class = EagleHead
 
     head: EagleHead
-    _reduced: Tensor | None = None
+    _reduced: tuple[Tensor, Tensor | None] | None = None
 
     def with_vocabulary(self, ids: Sequence[int]) -> "EagleDraft":
         """A draft of the same weights, copied, that proposes `ids` alone; verification keeps the whole vocabulary.
@@ -112,16 +113,17 @@ class EagleDraft(PairDraft):
 
     def fit(self, target: Target) -> None:
         if self.head.config.draft_vocab_size is not None:
-            self._reduced = target.head_rows(self.head.vocabulary).detach()
+            rows, bias = target.head_rows(self.head.vocabulary)
+            self._reduced = rows.detach(), None if bias is None else bias.detach()
 
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
         if self._reduced is not None:
-            yield self._reduced
+            yield from (tensor for tensor in self._reduced if tensor is not None)
 
     @property
     def vocabulary(self) -> Tensor | None:
         return None if self._reduced is None else self.head.vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.target.head(hidden) if self._reduced is None else hidden @ self._reduced.T
+        return self.target.head(hidden) if self._reduced is None else F.linear(hidden, *self._reduced)

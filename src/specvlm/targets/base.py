@@ -114,8 +114,9 @@ class Target(Protocol):
         """Logits [..., V] of post-final-norm hidden states [..., H]."""
         ...
 
-    def head_rows(self, ids: Tensor) -> Tensor:
-        """Rows [r, H] of the output head, for the ids [r] that a reduced draft head may propose."""
+    def head_rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows [r, H] of the output head and their bias [r], or None, for the ids [r] that a reduced draft head may
+        propose."""
         ...
 
     def prefill(

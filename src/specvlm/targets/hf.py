@@ -96,9 +96,10 @@ class HFTarget:
         """Logits [..., V] of post-final-norm hidden states [..., H]."""
         return self.model.lm_head(hidden)
 
-    def head_rows(self, ids: Tensor) -> Tensor:
-        """Rows [r, H] of the output head, for the ids [r]."""
-        return self.model.lm_head.weight[ids]
+    def head_rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows [r, H] of the output head and their bias [r], or None, for the ids [r]."""
+        weight, bias = self.model.lm_head.weight, self.model.lm_head.bias
+        return weight[ids], None if bias is None else bias[ids]
 
     def prefill(
         self, inputs: Mapping[str, Any], *, sampling: Sampling, limits: Limits, taps: tuple[int, ...] | None

@@ -273,7 +273,7 @@ def target_identity(target: HFTarget) -> dict[str, Any]:
     """What tells a target from others: its sizes, and sums over its output head."""
     spec = target.spec
     rows = torch.arange(min(64, spec.vocab_size), device=spec.device)
-    head = target.head_rows(rows).detach().double()
+    head = target.head_rows(rows)[0].detach().double()
     names = ("hidden_size", "vocab_size", "num_layers", "num_heads", "context")
     sizes = {name: getattr(spec, name) for name in names}
     return sizes | {"dtype": str(spec.dtype), "head": [float(head.sum()), float(head.norm())]}
