@@ -20,7 +20,6 @@ from tests.fakes import tiny_llava
 #: What allocates, or looks at a tensor in another way, and launches nothing on a GPU.
 FREE = {
     "empty",
-    "new_empty",
     "view",
     "_unsafe_view",
     "unbind",

@@ -2,11 +2,11 @@
 
     python -m bench.kernels [--out bench/results] [--seconds 420] [--only OP ...]
 
-First every op is held against its reference at every shape, on random data with NaN where nobody may read; if one is
-wrong, nothing is timed. A measurement is a CUDA graph that runs the op over many layers (or places in caches, or
-batches of logits) in turn, as a decoder does: the host's share is out of it, and all is read from memory, not from a
-cache. What compiles for long (other people's kernels, other cuts of ours) comes after all cases. Lines go to
-kernels.jsonl as they come, the plot at the end; the last lines say which targets are met. When the time is over the
+First every op is held against its reference at every shape, on random data, a cache with NaN where nobody may read;
+if one is wrong, nothing is timed. A measurement is a CUDA graph that runs the op over many layers (or places in
+caches, or batches of logits) in turn, as a decoder does: the host's share is out of it, and all is read from memory,
+not from a cache. What compiles for long (other people's kernels, other cuts of ours) comes after all cases. Lines go
+to kernels.jsonl as they come, the plot at the end; the last lines say which targets are met. When the time is over the
 rest stays unmeasured, and is said to be. Without a GPU it prints what can be computed, and writes nothing.
 """
 

@@ -40,22 +40,29 @@ def plain_rotary(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    kv_len: torch.Tensor,
 ) -> torch.Tensor:
-    """As Hugging Face's Llama does it, and its static cache."""
+    """As Hugging Face's Llama does it, and its static cache; of what `once_a_forward` makes."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.unflatten(2, (-1, head_dim)).transpose(1, 2)
     turning, values = heads[:, :-kv_heads], heads[:, -kv_heads:]
-    c, s = (torch.cat([table[positions.long()]] * 2, -1)[:, None].to(qkv.dtype) for table in (cos, sin))
     low, high = turning.chunk(2, dim=-1)
-    turned = turning * c + torch.cat([-high, low], -1) * s
-    slots = kv_len + torch.arange(qkv.shape[1], device=qkv.device)
+    turned = turning * cos + torch.cat([-high, low], -1) * sin
     k_cache.index_copy_(2, slots, turned[:, -kv_heads:])
     v_cache.index_copy_(2, slots, values)
     return turned[:, :-kv_heads].transpose(1, 2)
+
+
+def once_a_forward(given: Arguments) -> Arguments:
+    """The arguments with what Hugging Face makes of some once for all layers."""
+    if "positions" not in given:
+        return given
+    positions, dtype = given["positions"].long(), given["k_cache"].dtype
+    made = {name: torch.cat([given[name][positions]] * 2, -1)[:, None].to(dtype) for name in ("cos", "sin")}
+    made["slots"] = given["kv_len"] + torch.arange(positions.shape[1], device=positions.device)
+    return {name: value for name, value in given.items() if name not in ("positions", "kv_len")} | made
 
 
 def plain_rotary_linear(x: torch.Tensor, weight: torch.Tensor, bias: None, **rotary: torch.Tensor) -> torch.Tensor:
@@ -91,7 +98,7 @@ def product_cases(sizes: Sizes, rows: int) -> Iterator[Case]:
 
 
 def product_case(op: str, what: str, sizes: Sizes, rows: int, columns: int, outputs: int, written: int) -> Case:
-    """A product with a weight [outputs, columns], which writes `written` bytes a row."""
+    """A product with a weight [outputs, columns], which writes `written` bytes a row; parts count as their sum."""
 
     def arguments(place: Place) -> Arguments:
         given: Arguments = {"x": place.randn(1, rows, columns), "weight": place.randn(outputs, columns) / columns**0.5}
@@ -100,7 +107,7 @@ def product_case(op: str, what: str, sizes: Sizes, rows: int, columns: int, outp
     size = 2 * outputs * columns
     return Case(
         op,
-        f"{sizes.name}, {what}, {rows} rows",
+        f"{sizes.name}, {what}, {rows} row{'s' * (rows > 1)}",
         size + rows * (2 * columns + written),
         lambda place: problem(place, op, arguments, size, compiled=sizes is MODELS[0] and rows == MANY_ROWS),
         flops=2 * rows * outputs * columns,
@@ -113,8 +120,9 @@ def between_cases(sizes: Sizes, rows: int) -> Iterator[Case]:
 
     def normed(place: Place) -> Arguments:
         return {
-            "x": place.randn(PARTS, 1, rows, sizes.hidden, dtype=torch.float32),
-            "residual": place.randn(1, rows, sizes.hidden),
+            # Small, so that eps has a say.
+            "x": place.randn(PARTS, 1, rows, sizes.hidden, dtype=torch.float32) / 500,
+            "residual": place.randn(1, rows, sizes.hidden) / 500,
             "weight": 1 + place.randn(sizes.hidden) / 10,
             "eps": EPS,
         }
@@ -130,7 +138,9 @@ def between_cases(sizes: Sizes, rows: int) -> Iterator[Case]:
         ("rotary_write_kv", turned, 4 * rows * width),
         ("gated_silu", gated, 6 * rows * sizes.inner),
     ):
-        yield Case(op, f"{sizes.name}, {rows} rows", size, _between(op, arguments, size), facts={"rows": rows})
+        yield Case(
+            op, f"{sizes.name}, {rows} row{'s' * (rows > 1)}", size, _between(op, arguments, size), facts={"rows": rows}
+        )
 
 
 def _between(op: str, arguments: Callable[[Place], Arguments], size: int) -> Callable[[Place], Problem]:
@@ -155,23 +165,24 @@ def rotary(place: Place, sizes: Sizes, rows: int) -> Arguments:
 def problem(place: Place, op: str, arguments: Callable[[Place], Arguments], size: int, *, compiled: bool) -> Problem:
     turns = place.turns(size)
     given = [arguments(place) for _ in range(turns)]
+    plainly = [once_a_forward(each) for each in given]
 
     def check() -> None:
         true = outcome(op, reference, {name: _in_double(name, value) for name, value in given[0].items()})
         for ours, usual, exact in zip(
-            outcome(op, specvlm_kernels, given[0]), outcome(op, None, given[0]), true, strict=True
+            outcome(op, specvlm_kernels, given[0]), outcome(op, None, plainly[0]), true, strict=True
         ):
             require_close(op, ours, usual, exact)
 
     def fast() -> Call:
         call: Any = place.compiled(PLAIN[op], dynamic=False)
-        return lambda turn: call(**given[turn])
+        return lambda turn: call(**plainly[turn])
 
     return Problem(
         check,
         lambda turn: getattr(specvlm_kernels, op)(**given[turn]),
         turns,
-        {"torch": lambda: lambda turn: PLAIN[op](**given[turn])},
+        {"torch": lambda: lambda turn: PLAIN[op](**plainly[turn])},
         {"torch.compile": fast} if compiled else {},
     )
 

@@ -140,7 +140,10 @@ def require(fits: bool | torch.Tensor, message: str) -> None:
 
 
 def require_close(name: str, out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-    """At most twice the error of plain torch in the same dtype, and a few roundings."""
-    error, other = (out - exact).abs().max(), (plain - exact).abs().max()
-    floor = 4 * torch.finfo(out.dtype).eps * (1 + exact.abs().max())
+    """At most twice the error of plain torch in the same dtype: of the worst number but for a few roundings, of all
+    together but for one."""
+    eps, off, usual = torch.finfo(out.dtype).eps, (out - exact).abs(), (plain - exact).abs()
+    error, other, floor = off.max(), usual.max(), 4 * eps * (1 + exact.abs().max())
     require(error <= 2 * other + floor, f"{name} is off by {error:.3g}")
+    error, other, floor = off.norm(), usual.norm(), eps * exact.norm()
+    require(error <= 2 * other + floor, f"{name} is off by {error / exact.norm():.3g} of its norm")

@@ -3,7 +3,8 @@
     linear          x W^T + b
     linear_parts    the same sum cut along the columns of W, which `add_rms_norm` adds up
     gated_linear    silu(x W_gate^T) * (x W_up^T)
-    rotary_linear   q, k, v = x W^T + b; q and k rotated, k and v written behind what a cache holds
+
+and `rotary_linear` in a module of its own, which shares their sums.
 
 For as many rows as a draft tree has, a product costs what reading W costs, and each launch between two of them a few
 percent of that. So activation and rotation happen on the sums in registers: both join two columns, of gate and up, or
@@ -74,7 +75,7 @@ def parts_config(dtype: torch.dtype) -> LinearConfig:
 def parts_of(rows: int, columns: int, config: LinearConfig) -> int:
     """How many parts a product with a weight of this shape is cut into: each has columns."""
     tiles, steps = triton.cdiv(rows, 2 * config.block_h), triton.cdiv(columns, config.block_k)
-    wanted = max(1, min(MOST_PARTS, FILLING_PROGRAMS // tiles, steps // 8))
+    wanted = max(1, min(MOST_PARTS, FILLING_PROGRAMS // max(1, tiles), steps // 8))
     return triton.cdiv(steps, triton.cdiv(steps, wanted))
 
 
@@ -177,6 +178,7 @@ def launch_gated_linear(x: torch.Tensor, weight: torch.Tensor, config: LinearCon
 
 
 def cut(columns: int, config: LinearConfig) -> dict[str, int]:
+    """What a launch of `pair_sums` over that many columns is told of its cut."""
     return {
         "EVEN_K": columns % config.block_k == 0,
         "BLOCK_M": config.block_m,
@@ -268,7 +270,8 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight: [N, K], dtype of x, with a contiguous last axis.
 
     Returns:
-        [P, B, T, N], contiguous, fp32 (fp64 of fp64); P follows from the weight's shape.
+        [P, B, T, N], contiguous, fp32 (fp64 of fp64); P follows from the weight's shape and dtype, and is 1 where the
+        reference serves.
 
     Raises:
         ValueError: as in `linear`.

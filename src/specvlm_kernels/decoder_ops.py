@@ -3,8 +3,8 @@
     add_rms_norm   total = residual + x,   normed = weight * total / sqrt(mean(total^2) + eps)
     gated_silu     silu(gate) * up = gate * up / (1 + exp(-gate))
 
-All read what a product wrote and write what the next reads, so what they cost is a launch and that traffic once. Plain
-torch makes two to twelve launches of each, and writes what lies between.
+Both read what a product wrote and write what the next reads, so what they cost is a launch and that traffic once. Plain
+torch makes several launches of each, and writes what lies between.
 
 Sums are fp32 and rounded once; `total` is rounded before it is normed, since that is what the next layer adds to.
 
@@ -17,13 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import (
-    FLOATS,
-    KERNEL_FLOATS,
-    check_finite,
-    check_forward_only,
-    check_tensor,
-)
+from ._checks import FLOATS, KERNEL_FLOATS, check_finite, check_forward_only, check_tensor
 from ._dispatch import on_device, takes_kernel
 from .reference import decoder_ops as reference
 
@@ -109,8 +103,9 @@ def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     normed, total = add_rms_norm(x, residual, weight, eps=eps)
-    # Of a single part, or where nothing is added, it may be x: which no operator returns.
-    return normed, total.clone() if residual is None else total
+    # It may be x, or lie in it, which no operator returns.
+    aliases = residual is None and total.data_ptr() == x.data_ptr()
+    return normed, total.clone(memory_format=torch.contiguous_format) if aliases else total
 
 
 @_add_rms_norm.register_fake
@@ -141,12 +136,12 @@ def add_rms_norm(
         x: [B, T, H] in the dtype of weight, or parts [P, B, T, H] whose sum it is, in fp32 (on CPU, where weight is
             fp64, in fp64); any strides.
         residual: [B, T, H], dtype of weight, any strides; None: nothing is added.
-        weight: [H]; fp32, fp16 or bf16 (on CPU fp64 too).
+        weight: [H]; fp32, fp16 or bf16 (on CPU fp64 too). The kernel takes H up to 16,384.
         eps: is added to the mean square, at least 0.
 
     Returns:
-        normed [B, T, H] and total [B, T, H] (x itself, where there is nothing to add: inside
-        `torch.compile` a copy), dtype of weight.
+        normed [B, T, H] and total [B, T, H], dtype of weight, contiguous. Where there is nothing to add, total is x
+        itself, or may lie in it; inside `torch.compile` it is a copy.
 
     Raises:
         ValueError: a wrong shape, dtype, device or eps. The kernel is forward only (the reference, on CPU, is not):
@@ -166,14 +161,15 @@ def add_rms_norm(
     check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    if kernel:
+        check_tensor("weight", weight, weight.shape, KERNEL_FLOATS)
+        if width > MOST_WIDTH:
+            raise ValueError(f"weight: expected at most {MOST_WIDTH} columns, got {width}")
+        check_forward_only(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
     if torch.compiler.is_compiling():
         return _add_rms_norm(x, residual, weight, eps)
     if not kernel:
         return reference.add_rms_norm(x, residual, weight, eps=eps)
-    check_tensor("weight", weight, weight.shape, KERNEL_FLOATS)
-    if width > MOST_WIDTH:
-        raise ValueError(f"weight: expected at most {MOST_WIDTH} columns, got {width}")
-    check_forward_only(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
     with on_device(x):
         return launch_add_rms_norm(x, residual, weight, eps)
 
@@ -195,11 +191,12 @@ def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.shape[2] % 2:
         raise ValueError(f"gate_up: expected an even number of columns, got {gate_up.shape[2]}")
     kernel = takes_kernel("gate_up", gate_up)
+    if kernel:
+        check_tensor("gate_up", gate_up, gate_up.shape, KERNEL_FLOATS)
+        check_forward_only(gate_up=gate_up)
     if torch.compiler.is_compiling():
         return _gated_silu(gate_up)
     if not kernel:
         return reference.gated_silu(gate_up)
-    check_tensor("gate_up", gate_up, gate_up.shape, KERNEL_FLOATS)
-    check_forward_only(gate_up=gate_up)
     with on_device(gate_up):
         return launch_gated_silu(gate_up)

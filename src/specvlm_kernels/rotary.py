@@ -8,7 +8,8 @@ Rotations are those of Hugging Face's Llama: element i of a head goes with eleme
     out[i] = x[i] cos[i] - x[i + D/2] sin[i],    out[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i],    i < D / 2
 
 with a row of `cos` and `sin` for each position, in fp32 and with whatever factor a scaled rotation has. Keys reach the
-cache rotated. Sums and rotations are fp32 and rounded once.
+cache rotated. Sums and rotations are fp32 and rounded once; for a cache of 8 bits, as in
+`write_kv`, what was rounded is divided by its scale and rounded again.
 
 Inside `torch.compile` each is one operator, which gives no gradient.
 """
@@ -25,6 +26,13 @@ from .reference import rotary as reference
 
 #: Tokens of one head that a program rotates.
 ROTARY_ROWS = 16
+
+
+@triton.jit
+def _rotated(b_low, b_high, b_cos, b_sin):
+    """The two halves of heads turned by angles whose cosines and sines are fp32, in the halves' own dtype."""
+    b_a, b_b = b_low.to(tl.float32), b_high.to(tl.float32)
+    return (b_a * b_cos - b_b * b_sin).to(b_low.dtype), (b_b * b_cos + b_a * b_sin).to(b_low.dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "positions_held", "capacity"])
@@ -50,7 +58,7 @@ def _rotary_write_kv_kernel(
         b_position = tl.minimum(tl.maximum(b_position, 0), positions_held - 1).to(tl.int64)[:, None]
         b_cos = tl.load(cos + b_position * HALF + o_d, mask=m_td)
         b_sin = tl.load(sin + b_position * HALF + o_d, mask=m_td)
-        b_low, b_high = rotated(b_low, b_high, b_cos, b_sin)
+        b_low, b_high = _rotated(b_low, b_high, b_cos, b_sin)
     if i_head < heads:
         p_q = q + ((i_b * rows + o_row) * heads + i_head) * (2 * HALF) + o_d
         tl.store(p_q, b_low, mask=m_td)
@@ -100,7 +108,7 @@ def _rotary_linear_kernel(
         b_position = tl.minimum(tl.maximum(b_position, 0), positions_held - 1).to(tl.int64)[:, None]
         b_cos = tl.load(cos + b_position * HALF + o_d, mask=m_md, other=0.0)
         b_sin = tl.load(sin + b_position * HALF + o_d, mask=m_md, other=0.0)
-        b_low, b_high = rotated(b_low, b_high, b_cos, b_sin)
+        b_low, b_high = _rotated(b_low, b_high, b_cos, b_sin)
     b_low, b_high = b_low.to(q.dtype.element_ty), b_high.to(q.dtype.element_ty)
     if i_head < heads:
         p_q = q + (o_m.to(tl.int64)[:, None] * heads + i_head) * (2 * HALF) + o_d
@@ -123,11 +131,15 @@ def _rotary_linear_kernel(
             store_rows(p_v + HALF, b_high, v_scale, o_b, i_value, V_SCALE_STRIDE, m_slot)
 
 
-@triton.jit
-def rotated(b_low, b_high, b_cos, b_sin):
-    """The two halves of heads turned by angles whose cosines and sines are fp32, in the halves' own dtype."""
-    b_a, b_b = b_low.to(tl.float32), b_high.to(tl.float32)
-    return (b_a * b_cos - b_b * b_sin).to(b_low.dtype), (b_b * b_cos + b_a * b_sin).to(b_low.dtype)
+def _contiguous(scale: torch.Tensor | None) -> torch.Tensor | None:
+    return None if scale is None else scale.contiguous()
+
+
+def _queries(x: torch.Tensor, width: int, k_cache: torch.Tensor) -> torch.Tensor:
+    """Room for the queries among heads of `width` columns in all, made of x [B, T, ...]."""
+    (batch, tokens, _), (_, kv_heads, _, head_dim) = x.shape, k_cache.shape
+    shape = batch, tokens, width // head_dim - 2 * kv_heads, head_dim
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def launch_rotary_write_kv(
@@ -250,16 +262,6 @@ def _(
     return _queries(x, weight.shape[0], k_cache)
 
 
-def _contiguous(scale: torch.Tensor | None) -> torch.Tensor | None:
-    return None if scale is None else scale.contiguous()
-
-
-def _queries(x: torch.Tensor, width: int, k_cache: torch.Tensor) -> torch.Tensor:
-    """Room for the queries among heads of `width` columns in all, made of x [B, T, ...]."""
-    (batch, tokens, _), (_, kv_heads, _, head_dim) = x.shape, k_cache.shape
-    return x.new_empty(batch, tokens, width // head_dim - 2 * kv_heads, head_dim)
-
-
 def rotary_write_kv(
     qkv: torch.Tensor,
     cos: torch.Tensor,
@@ -295,15 +297,18 @@ def rotary_write_kv(
             qkv that requires a gradient while gradients are enabled.
     """
     check_tensor("qkv", qkv, ("B", "T", "heads * D"), FLOATS)
-    kernel = check_rotary_cache(qkv, qkv.shape[2], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
+    kernel = _check_rotary_cache(
+        ("qkv", "qkv"), qkv, qkv.shape[2], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale
+    )
     check_rows_contiguous("qkv", qkv)
+    if kernel:
+        check_forward_only(qkv=qkv)
     if torch.compiler.is_compiling():
         return _rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     if not kernel:
         return reference.rotary_write_kv(
             qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
         )
-    check_forward_only(qkv=qkv)
     with on_device(qkv):
         return launch_rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
 
@@ -339,7 +344,9 @@ def rotary_linear(
         ValueError: as in `linear` and `rotary_write_kv`.
     """
     kernel = check_product(x, weight, bias)
-    check_rotary_cache(x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
+    _check_rotary_cache(
+        ("x", "weight"), x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale
+    )
     if torch.compiler.is_compiling():
         return _rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
     if not kernel:
@@ -353,7 +360,8 @@ def rotary_linear(
         )
 
 
-def check_rotary_cache(
+def _check_rotary_cache(
+    names: tuple[str, str],
     x: torch.Tensor,
     width: int,
     cos: torch.Tensor,
@@ -365,23 +373,26 @@ def check_rotary_cache(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> bool:
-    """Checks what rotates and stores heads of `width` columns in all, made of x [B, T, ...]; True where a kernel
-    serves."""
-    kernel = takes_kernel("x", x)
+    """Checks what rotates and stores heads of `width` columns in all, made of x [B, T, ...], which the caller knows
+    by these names; True where a kernel serves."""
+    name, heads_name = names
+    kernel = takes_kernel(name, x)
     if kernel:
-        check_tensor("x", x, x.shape, KERNEL_FLOATS)
+        check_tensor(name, x, x.shape, KERNEL_FLOATS)
     batch, rows, device = x.shape[0], x.shape[1], x.device
     check_tensor("k_cache", k_cache, (batch, "Hkv", "S", "D"), (x.dtype, FP8), device)
     check_tensor("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, device)
     if k_cache.dtype == FP8:
-        check_tensor("x", x, x.shape, KERNEL_FLOATS)
+        check_tensor(name, x, x.shape, KERNEL_FLOATS)
     _, kv_heads, capacity, head_dim = k_cache.shape
     if head_dim == 0 or head_dim % 2:
         raise ValueError(f"k_cache: expected an even head size, got {head_dim}")
+    if not kv_heads:
+        raise ValueError("k_cache: expected at least one head, got none")
     if width % head_dim or width // head_dim <= 2 * kv_heads:
         raise ValueError(
-            f"qkv: expected heads of {head_dim}, {kv_heads} of keys, {kv_heads} of values and more of queries, got "
-            f"{width} columns"
+            f"{heads_name}: expected heads of {head_dim}, {kv_heads} of keys, {kv_heads} of values and more of "
+            f"queries, got {width} numbers"
         )
     check_tensor("cos", cos, ("P", head_dim // 2), torch.float32, device)
     check_tensor("sin", sin, tuple(cos.shape), torch.float32, device)

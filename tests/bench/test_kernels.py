@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ from bench.kernels.registry import (
     UnavailableError,
     WrongError,
     require,
+    require_close,
 )
 from bench.kernels.targets import TARGETS, Standing, Verdict, standings
 from bench.kernels.timing import repeats, spread
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 LIMITS = Ceilings(bandwidth=1e12, rate=1e15, launch=1e-6)
 TINY_SIZES = Sizes("tiny", hidden=64, inner=96, layers=1, heads=4, kv_heads=2, vocabulary=70, head_dim=16)
 TINY, TINY_GROUPED = Model("tiny", 2, 2), Model("grouped", 4, 2)
@@ -141,6 +144,32 @@ def test_a_wrong_op_of_a_layer_is_found(name, monkeypatch):
     monkeypatch.setattr(specvlm_kernels, name, spoilt(getattr(specvlm_kernels, name)))
     with pytest.raises(WrongError):
         case.prepare(small_place()).check()
+
+
+@pytest.mark.parametrize("name", ["rotary_linear", "rotary_write_kv"])
+@pytest.mark.parametrize("cache", layers.CACHES)
+def test_what_a_layers_op_writes_wrongly_is_found(name, cache, monkeypatch):
+    op = getattr(specvlm_kernels, name)
+
+    def wrong(**given: torch.Tensor) -> torch.Tensor:
+        found = op(**given)
+        given[cache][0, 0, given["kv_len"], 0] += 1
+        return found
+
+    case = next(case for case in SMALL if case.op == name)
+    monkeypatch.setattr(specvlm_kernels, name, wrong)
+    with pytest.raises(WrongError):
+        case.prepare(small_place()).check()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [([1.0, 1.0, 1.4], "off by 0.398$"), ([1.02, 1.02, 1.02], "off by 0.02.* of its norm")]
+)
+def test_close_is_in_the_worst_number_and_in_all_together(out, message):
+    exact = torch.ones(3, dtype=torch.float64)
+    require_close("op", torch.ones(3).bfloat16(), torch.ones(3).bfloat16(), exact)
+    with pytest.raises(WrongError, match=message):
+        require_close("op", torch.tensor(out).bfloat16(), torch.ones(3).bfloat16(), exact)
 
 
 @pytest.mark.parametrize(
@@ -433,3 +462,8 @@ def test_a_step_ends_in_time(capfd, monkeypatch):
 def test_targets_name_baselines_that_exist():
     problem = attention_case(TINY, [20], 5, compared=True).prepare(small_place())
     assert {targets.FLEX, targets.FLASHINFER, "SDPA with a mask"} <= {*problem.baselines, *problem.slow}
+
+
+def test_what_is_computed_and_what_is_unmeasured_lies_with_the_results(capsys):
+    command.compute(command.cases())
+    assert capsys.readouterr().out == (RESULTS / "kernels.md").read_text()

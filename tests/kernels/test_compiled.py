@@ -137,3 +137,18 @@ def test_a_compiled_product_knows_how_many_parts_it_has():
     assert torch.equal(
         torch.compile(specvlm_kernels.linear_parts, fullgraph=True, backend="aot_eager")(x, weight), expected
     )
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "add_rms_norm alone", "gated_silu", "linear", "gated_linear"])
+def test_results_lie_as_a_compiler_is_told_whatever_the_arguments_strides(op):
+    x, weight = torch.randn(5, 2, 8).transpose(0, 1), torch.randn(8, 8)
+    calls = {
+        "add_rms_norm": lambda: specvlm_kernels.add_rms_norm(x, x, weight[0], eps=1e-5),
+        "add_rms_norm alone": lambda: specvlm_kernels.add_rms_norm(x, None, weight[0], eps=1e-5),
+        "gated_silu": lambda: (specvlm_kernels.gated_silu(x),),
+        "linear": lambda: (specvlm_kernels.linear(x, weight),),
+        "gated_linear": lambda: (specvlm_kernels.gated_linear(x, weight),),
+    }
+    compiled = torch.compile(lambda: [one.view(-1) for one in calls[op]()], fullgraph=True, backend="aot_eager")
+    expected = [one.contiguous().view(-1) for one in calls[op]()]
+    assert all(torch.equal(one, other) for one, other in zip(compiled(), expected, strict=True))

@@ -173,7 +173,8 @@ def test_rotation_is_that_of_hugging_face(dtype):
         ({"k_scale": torch.ones(1)}, "k_scale: expected None, since the cache is float32 and not float8_e4m3fn"),
         (EIGHT_BITS | {"v_scale": None}, r"v_scale: expected a \[1\] or \[2, 1\] tensor for a float8_e4m3fn cache"),
         (EIGHT_BITS | {"v_cache": torch.zeros(2, 1, 9, 6)}, "v_cache: expected dtype float8_e4m3fn, got float32"),
-        (EIGHT_BITS | {"qkv": torch.zeros(2, 3, 24).double()}, "x: expected dtype float32 .*, got float64"),
+        (EIGHT_BITS | {"qkv": torch.zeros(2, 3, 24).double()}, "qkv: expected dtype float32 .*, got float64"),
+        ({name: torch.zeros(2, 0, 9, 6) for name in ("k_cache", "v_cache")}, "k_cache: expected at least one head"),
         ({"kv_len": torch.zeros(1, dtype=torch.int32)}, r"kv_len: expected shape \[2\], got \[1\]"),
         ({"kv_len": torch.tensor([0, 10], dtype=torch.int32)}, r"kv_len: expected values in \[0, 10\), got \[0, 10\]"),
     ],
@@ -266,7 +267,7 @@ def test_rotary_linear_refuses_what_rotary_write_kv_does():
     case = rotary_case()
     case.pop("qkv")
     case |= product_case(3, 8, 24, batch=2)
-    with pytest.raises(ValueError, match=r"qkv: expected heads of 6, .*, got 13 columns"):
+    with pytest.raises(ValueError, match=r"weight: expected heads of 6, .*, got 13 numbers"):
         rotary_linear(**case | {"weight": torch.zeros(13, 8), "bias": None})
     with pytest.raises(ValueError, match="positions: expected dtype int32, got int64"):
         rotary_linear(**case | {"positions": case["positions"].long()})
@@ -275,24 +276,59 @@ def test_rotary_linear_refuses_what_rotary_write_kv_does():
 # Into a cache of 8 bits.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("op", [rotary_write_kv, rotary_linear])
-def test_a_cache_of_8_bits_is_given_what_write_kv_makes_of_keys_and_values(device, op, shared):
-    case = moved(rotary_case(batch=2, rows=20, heads=4, kv_heads=2, head_dim=32, capacity=40), device)
+def test_a_cache_of_8_bits_is_given_what_write_kv_makes_of_keys_and_values(device, op, shared, dtype):
+    case = moved(rotary_case(batch=2, rows=20, heads=4, kv_heads=2, head_dim=32, capacity=40, dtype=dtype), device)
     if op is rotary_linear:
         width = case.pop("qkv").shape[2]
-        case |= moved(product_case(20, 24, width, batch=2), device)
+        case |= moved(product_case(20, 24, width, batch=2, dtype=dtype), device)
     case["kv_len"] = torch.tensor([7, 30], dtype=torch.int32, device=device)
     plain = case | {name: torch.zeros_like(case[name]) for name in ("k_cache", "v_cache")}
     q = op(**plain)
-    scales = {
-        name: (1 + normal(2, 2, seed=i).abs()).div(100).to(device) for i, name in enumerate(("k_scale", "v_scale"))
-    }
-    if shared:
-        scales = {name: scale[0] for name, scale in scales.items()}
+    scales = {name: (1 + normal(2, 4, seed=i).abs()) / 100 for i, name in enumerate(("k_scale", "v_scale"))}
+    scales = {name: (scale[0] if shared else scale)[..., ::2] for name, scale in moved(scales, device).items()}
     got, expected = torch.zeros(2, 2, *plain["k_cache"].shape, device=device).to(FP8)
     empty = torch.zeros(2, dtype=torch.int32, device=device)
     write_kv(*expected, plain["k_cache"], plain["v_cache"], empty, **scales)
     assert torch.equal(op(**case | {"k_cache": got[0], "v_cache": got[1]}, **scales), q)
     assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
     assert got.view(torch.uint8)[:, 0, :, 7:27].any()
+
+
+def test_linear_kernel_takes_strided_tensors(device):
+    rotary = rotary_case(rows=5, head_dim=32, capacity=20)
+    width = rotary.pop("qkv").shape[2]
+    expected = moved(product_case(5, 24, width, batch=2) | rotary, device)
+    wide, caches = torch.zeros(width, 40, device=device), torch.zeros(2, 2, 20, 1, 32, device=device)
+    wide[:, 8:32] = expected["weight"]
+    k_cache, v_cache = caches.transpose(2, 3)
+    k_cache.copy_(expected["k_cache"])
+    v_cache.copy_(expected["v_cache"])
+    strided = {
+        "x": expected["x"].transpose(0, 1).contiguous().transpose(0, 1),
+        "weight": wide[:, 8:32],
+        "positions": expected["positions"].T.contiguous().T,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
+    with launched(_rotary_linear_kernel):
+        q = rotary_linear(**expected | strided)
+    assert torch.equal(q, rotary_linear(**expected))
+    assert torch.equal(k_cache, expected["k_cache"])
+    assert torch.equal(v_cache, expected["v_cache"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64, 128])
+def test_linear_kernel_at_a_models_size_in_bf16(rows):
+    rotary = rotary_case(1, rows, 32, 32, 128, 256, torch.bfloat16)
+    width = rotary.pop("qkv").shape[2]
+    rotary["kv_len"] = torch.tensor([100], dtype=torch.int32)
+    case = moved(product_case(rows, 4096, width, dtype=torch.bfloat16, bias=False) | rotary, "cuda")
+    rotary = {name: case[name] for name in rotary}
+    exact = exact_rotation(exact_product(case["x"], case["weight"]), **rotary)
+    plain = exact_rotation(case["x"] @ case["weight"].T, **rotary)
+    q = rotary_linear(**case, bias=None)
+    assert_close([q, case["k_cache"], case["v_cache"]], exact, [one.bfloat16() for one in plain])

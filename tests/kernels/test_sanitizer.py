@@ -10,6 +10,7 @@ import torch
 
 from specvlm_kernels.kv_cache import _compact_kv_kernel, _write_kv_kernel
 from specvlm_kernels.noise import _noise_kernel
+from specvlm_kernels.rotary import _rotary_linear_kernel, _rotary_write_kv_kernel
 from specvlm_kernels.tree_attention import _tree_attention_kernel
 from tests.kernels.run_once import others
 from tests.kernels.watch import launched
@@ -34,5 +35,6 @@ def test_every_kernel_runs_clean(check):
 @pytest.mark.interpreter
 def test_what_it_is_given_runs():
     """Without a GPU: in the interpreter."""
-    with launched(_noise_kernel, _write_kv_kernel, _tree_attention_kernel, _compact_kv_kernel):
+    caches = _write_kv_kernel, _rotary_write_kv_kernel, _rotary_linear_kernel, _compact_kv_kernel
+    with launched(_noise_kernel, _tree_attention_kernel, *caches):
         others(torch.device("cpu"))

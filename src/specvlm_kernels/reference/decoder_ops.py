@@ -14,12 +14,13 @@ def add_rms_norm(
     if x.dim() == 4:
         total = x[0] if x.shape[0] == 1 else x.sum(0)
     if residual is not None:
-        total = total + residual.to(dtype)  # one of them is in `dtype`, or they are of one
+        total = (total + residual.to(dtype)).contiguous()  # one of them is in `dtype`, or they are of one
     total = total.to(weight.dtype)
-    return F.rms_norm(total.to(dtype), weight.shape, weight.to(dtype), eps).to(weight.dtype), total
+    normed = F.rms_norm(total.to(dtype), weight.shape, weight.to(dtype), eps)
+    return normed.to(weight.dtype).contiguous(), total
 
 
 def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     """Plain torch twin of `specvlm_kernels.gated_silu`."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return (F.silu(gate) * up).to(gate_up.dtype).contiguous()

@@ -26,7 +26,7 @@ def rotary_write_kv(
     low, high = turning.to(dtype).chunk(2, dim=-1)
     c, s = (table[positions.long()].unsqueeze(2).to(dtype) for table in (cos, sin))
     turned = torch.cat([low * c - high * s, high * c + low * s], dim=-1).to(qkv.dtype)
-    k, v = turned[:, :, -kv_heads:].transpose(1, 2), values.transpose(1, 2)
+    k, v = turned[:, :, -kv_heads:].detach().transpose(1, 2), values.detach().transpose(1, 2)
     write_kv(k_cache, v_cache, k, v, kv_len, k_scale=k_scale, v_scale=v_scale)
     return turned[:, :, :-kv_heads].contiguous()
 
