@@ -12,6 +12,7 @@ from specvlm.cost_aware import CostAware, Costs
 from specvlm.drafts import VLMDraft
 from specvlm.policies import Confidence, Eagle2, FixedShape, History, OptTree, Outcome, Sage, TreePolicy
 from specvlm.tree import BUCKETS, Candidates, DraftTree, FreePlan, Growth, Plan, bucket, joined, tree_from_lists
+from specvlm_kernels import reference
 from tests.fakes import tiny_lm
 from tests.growth import RandomDraft, grow
 
@@ -62,8 +63,12 @@ def grow_and_select(policy: TreePolicy, scores: torch.Tensor) -> DraftTree:
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
-def test_growing_and_choosing_read_no_value(policy):
-    """On a device without values, whoever looked at one would fail: nothing on the way to a tree waits for a GPU."""
+def test_growing_and_choosing_read_no_value(policy, monkeypatch):
+    """On a device without values, whoever looked at one would fail: nothing on the way to a tree waits for a GPU.
+
+    Kernels know no such device; what stands for them here is their twins."""
+    for op in ("select_beam", "rerank_tree"):
+        monkeypatch.setattr(f"specvlm.tree.{op}", getattr(reference, op))
     scores = torch.tensor([[0.6, 0.3, 0.1]]).log()
     tree, there = grow_and_select(policy, scores), grow_and_select(policy, scores.to("meta"))
     for name in ("tokens", "parents", "depths", "scores"):

@@ -24,6 +24,7 @@ from bench.kernels import report
 from bench.kernels.attention import attention_cases
 from bench.kernels.cache import cache_cases
 from bench.kernels.draws import draw_cases
+from bench.kernels.growth import growth_cases
 from bench.kernels.layers import layer_cases
 from bench.kernels.losses import loss_cases
 from bench.kernels.registry import Call, Case, Ceilings, Measurement, Place, Timing, UnavailableError, WrongError
@@ -39,7 +40,15 @@ COMPUTED_BANDWIDTH, COMPUTED_RATE = 4.3e12, 990e12
 
 def cases() -> list[Case]:
     """Every op at every shape."""
-    return [*attention_cases(), *draw_cases(), *cache_cases(), *layer_cases(), *token_cases(), *loss_cases()]
+    return [
+        *attention_cases(),
+        *draw_cases(),
+        *cache_cases(),
+        *layer_cases(),
+        *growth_cases(),
+        *token_cases(),
+        *loss_cases(),
+    ]
 
 
 def wrong_ones(chosen: Sequence[Case], place: Place) -> list[str]:

@@ -202,6 +202,33 @@ def _ratio_arguments(dtype: torch.dtype) -> Arguments:
     return _unfiltered_arguments(dtype) | {"draft_logits": _randn(2, 20, 1003, dtype=dtype, seed=1)}
 
 
+def _beam_arguments(dtype: torch.dtype) -> Arguments:
+    """Many scores are equal: ties are the hard part."""
+    return {
+        "tokens": torch.arange(60).view(2, 30),
+        "scores": _randn(2, 30).round(),
+        "ancestors": torch.arange(6).view(2, 3, 1),
+        "width": 7,
+        "first_slot": 20,
+    }
+
+
+def _rerank_arguments(dtype: torch.dtype) -> Arguments:
+    """Ten children of the root, ten each of five of them; the second prompt's fall less."""
+    parents = torch.cat([torch.full((10,), -1), torch.arange(0, 10, 2).repeat_interleave(10)]).expand(2, -1)
+    steps = _randn(2, 60).abs().round() * torch.tensor([[1.0], [0.5]])
+    above = torch.cat([torch.zeros(2, 10), steps.gather(1, parents[:, 10:])], dim=1)
+    return {
+        "root": torch.tensor([7, 8]),
+        "tokens": torch.arange(120).view(2, 60),
+        "parents": parents,
+        "scores": -steps - above,
+        "depths": torch.cat([torch.full((10,), 1), torch.full((50,), 2)]).int(),
+        "nodes": 20,
+        "size": 20,
+    }
+
+
 def _attention_arguments(dtype: torch.dtype) -> Arguments:
     return {
         "q": _randn(2, 20, 6, 64, dtype=dtype),
@@ -298,6 +325,8 @@ CASES: Final = (
         "draft_topk",
         lambda dtype: {"logits": _randn(2, 20, 1003, dtype=dtype), "k": 10, "positions": _POSITIONS} | _SAMPLING,
     ),
+    Case("select_beam", _beam_arguments),
+    Case("rerank_tree", _rerank_arguments),
     Case("soft_cross_entropy", _loss_arguments, learned=("logits",)),
     Case("total_variation", _loss_arguments, learned=("logits",)),
     Case("write_kv", _write_arguments, changed=("k_cache", "v_cache")),

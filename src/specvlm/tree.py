@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specvlm.checks import check_int
-from specvlm_kernels import pack_ancestors
+from specvlm_kernels import pack_ancestors, rerank_tree, select_beam
 from specvlm_kernels.drafting import MOST_CHILDREN
 
 #: Sizes a tree may have, so that a graph is captured once a size.
@@ -218,31 +218,17 @@ class Growth:
         """The best nodes of the last level, ties to the first; they are what `expand` adds children to next."""
         tokens, _, scores = self._levels[-1]
         width, level = self._plan.width, len(self._levels) - 1
-        siblings = tokens.shape[1] // self._scores.shape[1]
-        best, order = scores.sort(dim=1, descending=True, stable=True)
-        order = order[:, :width]
-        parent_rows = order // siblings
-        above = self._above.gather(1, parent_rows[..., None].expand(-1, -1, self._above.shape[-1]))
-        self._above = above | _own_bits(level * width, width, self._above.shape[-1], tokens.device)[None]
-        self._scores = best[:, :width]
-        self._index = self._count + order
+        chosen, parent_rows, index, self._scores, self._above = select_beam(
+            tokens, scores, self._above, min(width, tokens.shape[1]), level * width
+        )
+        self._index = self._count + index
         self._count += tokens.shape[1]
-        return Beam(tokens.gather(1, order), parent_rows, self._above)
+        return Beam(chosen, parent_rows, self._above)
 
     def candidates(self) -> Candidates:
         """All nodes of all levels."""
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*self._levels, strict=True))
         return Candidates(self._root, tokens, parents, scores, tuple(level[0].shape[1] for level in self._levels))
-
-
-@lru_cache(maxsize=_SHAPES)
-def _own_bits(first_slot: int, count: int, words: int, device: torch.device) -> Tensor:
-    """[count, words] int64: row i has the bit of slot first_slot + i, bit 63 being the sign."""
-    bits = torch.zeros(count, words, dtype=torch.int64)
-    for row in range(count):
-        word, bit = divmod(first_slot + row, 64)
-        bits[row, word] = 1 << bit if bit < 63 else -(2**63)
-    return bits.to(device)
 
 
 @lru_cache(maxsize=_SHAPES)
@@ -263,26 +249,17 @@ def rerank(candidates: Candidates, plan: Plan) -> DraftTree:
     A child never comes without its parent: its score is not above the parent's, and of equals the shallower, which
     stands first, wins. Source: EAGLE-2, section 4.2.
     """
-    batch, count = candidates.tokens.shape
-    device = candidates.tokens.device
-    order = candidates.scores.sort(dim=1, descending=True, stable=True).indices[:, : plan.nodes - 1]
-    kept = order.sort(dim=1).values  # in the order of depth: parents precede their children
-    nodes = kept.shape[1] + 1
-    place = torch.zeros(batch, count, dtype=torch.int64, device=device)
-    place.scatter_(1, kept, torch.arange(1, nodes, device=device).expand(batch, -1))
-    above = candidates.parents.gather(1, kept)
-    parents = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
-    scores = candidates.scores.gather(1, kept)
-    is_node = scores > -torch.inf
-    root = candidates.root[:, None]
-    unused = bucket(plan.nodes) - nodes
-    return DraftTree(
-        tokens=_padded(root, torch.where(is_node, candidates.tokens.gather(1, kept), root), unused, root),
-        parents=_padded(-1, torch.where(is_node, parents, -1).int(), unused, -1),
-        depths=_padded(0, torch.where(is_node, candidates.depths[kept], 0), unused, 0),
-        scores=_padded(0.0, scores, unused, -torch.inf),
-        max_depth=min(plan.depth, max(nodes - 1, 0)),
+    tree = rerank_tree(
+        candidates.root,
+        candidates.tokens,
+        candidates.parents,
+        candidates.scores,
+        candidates.depths,
+        plan.nodes,
+        bucket(plan.nodes),
     )
+    nodes = min(plan.nodes, 1 + candidates.tokens.shape[1])
+    return DraftTree(*tree, max_depth=min(plan.depth, nodes - 1))
 
 
 def joined(candidates: Candidates, tokens: Tensor, scores: Tensor) -> Candidates:
@@ -331,11 +308,3 @@ def _chain_layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor,
     depths = torch.cat([_level_depths(sizes, torch.device("cpu")), torch.arange(1, len(sizes) + 1)])
     order = depths.sort(stable=True).indices
     return order.to(device), order.argsort().to(device)
-
-
-def _padded(first: Tensor | float, rows: Tensor, unused: int, filler: Tensor | float) -> Tensor:
-    """[B, 1 + n + unused]: `first`, the rows [B, n], then `filler`; numbers are filled in on the device."""
-    batch = rows.shape[0]
-    head = first if isinstance(first, Tensor) else rows.new_full((batch, 1), first)
-    tail = filler.expand(batch, unused) if isinstance(filler, Tensor) else rows.new_full((batch, unused), filler)
-    return torch.cat([head, rows, tail], dim=1)

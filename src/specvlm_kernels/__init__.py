@@ -18,6 +18,7 @@ from .token_pooling import conv_tokens, pool_tokens
 from .token_pruning import prune_tokens
 from .token_resampling import resample_tokens
 from .tree_attention import tree_attention
+from .tree_growth import rerank_tree, select_beam
 
 __all__ = [
     "Accepted",
@@ -37,9 +38,11 @@ __all__ = [
     "pack_ancestors",
     "pool_tokens",
     "prune_tokens",
+    "rerank_tree",
     "resample_tokens",
     "rotary_linear",
     "rotary_write_kv",
+    "select_beam",
     "soft_cross_entropy",
     "total_variation",
     "tree_attention",

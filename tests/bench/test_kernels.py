@@ -14,7 +14,7 @@ import specvlm_kernels
 from bench import gpu_check
 from bench.floors import Sizes
 from bench.kernels import __main__ as command
-from bench.kernels import attention, cache, draws, layers, losses, report, targets, tokens
+from bench.kernels import attention, cache, draws, growth, layers, losses, report, targets, tokens
 from bench.kernels.attention import Model, attention_case
 from bench.kernels.registry import (
     Call,
@@ -58,6 +58,8 @@ SMALL = [
     cache.write_case(TINY, 5),
     *layers.product_cases(TINY_SIZES, 5),
     *layers.between_cases(TINY_SIZES, 5),
+    growth.beam_case(3),
+    growth.tree_case(3, 3, 9),
     tokens.pool_case(TINY, (5, 4)),
     tokens.conv_case(TINY, (5, 4)),
     *[tokens.prune_case(TINY, (5, 4), by_query) for by_query in (False, True)],
@@ -122,7 +124,7 @@ def spoilt(op: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
-@pytest.mark.parametrize("module", [attention, draws, cache, tokens, losses])
+@pytest.mark.parametrize("module", [attention, draws, cache, growth, tokens, losses])
 def test_a_wrong_op_is_found(module, monkeypatch):
     """Each kernel in turn."""
     ours = [name for name in specvlm_kernels.__all__ if hasattr(module, name) and name != "Accepted"]
@@ -186,6 +188,8 @@ def test_close_is_in_the_worst_number_and_in_all_together(out, message):
         # A weight, 5 rows of x and of what comes of them: in fp32 where they are parts.
         (layers.product_case("linear", "", TINY_SIZES, 5, 64, 70, 140), 2 * 64 * 70 + 5 * (128 + 140), 2 * 5 * 64 * 70),
         (list(layers.product_cases(TINY_SIZES, 5))[1], 2 * 64 * 64 + 5 * (2 + 4) * 64, 2 * 5 * 64 * 64),
+        # A token, a parent, a score and a depth each; of a tree 20 bytes a node.
+        (growth.tree_case(3, 3, 9), 21 * 24 + 9 * 20, 0),
         (tokens.pool_case(TINY, (5, 4)), 2 * 256 * (20 + 6), 0),
         (tokens.conv_case(TINY, (5, 4)), 2 * 256 * (15 + 2) + 2 * 256 * 10, 0),
         (tokens.prune_case(TINY, (5, 4), False), 2 * 256 * (5 + 5) + 8 * 5 + 4 * 20, 0),

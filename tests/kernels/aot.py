@@ -9,6 +9,7 @@ back is the binary, whose registers, spills and shared memory are read here.
 """
 
 import contextlib
+import functools
 import itertools
 import re
 import subprocess
@@ -54,6 +55,7 @@ from specvlm_kernels.token_pooling import (
 from specvlm_kernels.token_pruning import launch_prune_tokens, launch_prune_tokens_backward
 from specvlm_kernels.token_resampling import launch_resample_tokens, launch_resample_tokens_backward
 from specvlm_kernels.tree_attention import launch_tree_attention
+from specvlm_kernels.tree_growth import launch_rerank_tree, launch_select_beam
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -161,6 +163,20 @@ def other_attention_cases() -> Iterator[Case]:
     yield replace(attention_case("tree_attention, the last arriver merges", model, config=last), quick=False)
     whole = TreeAttentionConfig(split=CAPACITY, block_n=32)
     yield replace(attention_case("tree_attention, no split", model, config=whole), quick=False)
+
+
+def growth_cases() -> Iterator[Case]:
+    """A beam of the usual width and of the widest, and the tree of what has grown."""
+    for width in (10, 64):
+        tokens, scores = meta(1, width * width, dtype=torch.int64), meta(1, width * width, dtype=torch.float32)
+        ancestors = meta(1, width, 1, dtype=torch.int64)
+        beam = functools.partial(launch_select_beam, tokens, scores, ancestors, width, 0)
+        yield Case(f"select_beam of {width}", beam, quick=width == 10)
+    for count in (510, 2048):
+        tokens, scores = meta(1, count, dtype=torch.int64), meta(1, count, dtype=torch.float32)
+        root, depths = meta(1, dtype=torch.int64), meta(count, dtype=torch.int32)
+        tree = functools.partial(launch_rerank_tree, root, tokens, tokens, scores, depths, NODES, NODES)
+        yield Case(f"rerank_tree of {count}", tree, quick=count == 510)
 
 
 def fp8_cache_cases() -> Iterator[Case]:
@@ -392,6 +408,7 @@ def cases() -> list[Case]:
         *token_cases(),
         *other_attention_cases(),
         *fp8_cache_cases(),
+        *growth_cases(),
         *other_cases(),
     ]
 

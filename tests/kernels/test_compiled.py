@@ -20,6 +20,8 @@ MODULES = {
     "accept_typical": "relaxed_acceptance",
     "accept_within": "relaxed_acceptance",
     "draft_topk": "drafting",
+    "select_beam": "tree_growth",
+    "rerank_tree": "tree_growth",
     "write_kv": "kv_cache",
     "compact_kv": "kv_cache",
     "add_rms_norm": "decoder_ops",

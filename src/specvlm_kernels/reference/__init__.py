@@ -14,6 +14,7 @@ from .relaxed_acceptance import accept_typical, accept_within
 from .rotary import rotary_linear, rotary_write_kv
 from .token_pooling import conv_tokens, pool_tokens, prune_tokens, resample_tokens
 from .tree_attention import pack_ancestors, tree_attention
+from .tree_growth import rerank_tree, select_beam
 
 __all__ = [
     "Accepted",
@@ -33,9 +34,11 @@ __all__ = [
     "pack_ancestors",
     "pool_tokens",
     "prune_tokens",
+    "rerank_tree",
     "resample_tokens",
     "rotary_linear",
     "rotary_write_kv",
+    "select_beam",
     "soft_cross_entropy",
     "total_variation",
     "tree_attention",
