@@ -10,7 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from specvlm import SpecVLM, load
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
-from specvlm.targets.llama import LlamaTarget, fused, rotary_tables, target_for
+from specvlm.targets.llama import LlamaTarget, target_for
+from specvlm.targets.llama_layers import fused, rotary_tables
 from specvlm_kernels import pack_ancestors
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_processor
 
@@ -214,7 +215,7 @@ def test_rotations_that_are_no_table_of_halves_are_refused(monkeypatch):
     growing = torch.arange(32)
     monkeypatch.setattr(type(rotary), "forward", lambda self, x, ids: tuple(growing * t for t in turned(x, ids)))
     with pytest.raises(ValueError, match=r"own decoder: expected rotations of a head's 32 elements .* \[1, 512, 32\]"):
-        rotary_tables(model.model.language_model)
+        rotary_tables(rotary, 512, 32)
 
 
 def wrong_angles(decoder):
@@ -226,8 +227,12 @@ def wrong_eps(decoder):
     decoder._eps = 0.5
 
 
+def wrong_eps_inside(decoder):
+    decoder._layers = [replace(layer, eps=0.5) for layer in decoder._layers]
+
+
 def wrong_scale(decoder):
-    decoder._scale *= 1.5
+    decoder._layers = [replace(layer, scaling=1.5 * layer.scaling) for layer in decoder._layers]
 
 
 def wrong_norm(decoder):
@@ -239,7 +244,7 @@ def turned_gate(decoder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spoil", [wrong_angles, wrong_eps, wrong_scale, wrong_norm, turned_gate])
+@pytest.mark.parametrize("spoil", [wrong_angles, wrong_eps, wrong_eps_inside, wrong_scale, wrong_norm, turned_gate])
 def test_a_decoder_that_disagrees_is_not_taken(monkeypatch, spoil, dtype):
     made = llama.LlamaDecoder
 

@@ -8,9 +8,9 @@ Sources: EAGLE-2 (Li et al., 2024); the optional input layer norm is SpecVLM's; 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -19,7 +19,9 @@ from specvlm.drafts.heads import sizes_like
 from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
+from specvlm.targets.llama_layers import layer_of, product
 from specvlm.vocabulary import check_ids, check_vocabulary
+from specvlm_kernels import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,31 @@ class EagleHead(PairHead):
         )
 
 
+class EagleDecoder:
+    """A head's forward without gradients, by the kernels of the target's own decoder.
+
+    Args:
+        head: its weights, which become views of fused ones.
+        tables: cosines and sines of every position.
+    """
+
+    def __init__(self, head: EagleHead, tables: tuple[Tensor, Tensor]) -> None:
+        layer: Any = head.layers[0]
+        self._fc, self._tables, self._layer = head.fc, tables, layer_of(layer)
+        self._norm = None if isinstance(layer.input_layernorm, nn.Identity) else layer.input_layernorm.weight.detach()
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`."""
+        joined = product(torch.cat([pairs.embeds, pairs.hidden], dim=-1), self._fc.weight, self._fc.bias)
+        if pairs.direct is not None:
+            joined = torch.where(pairs.direct[..., None], pairs.embeds, joined)
+        eps = self._layer.eps
+        entering = joined if self._norm is None else add_rms_norm(joined, None, self._norm, eps=eps)[0]
+        keys, values = slab[0]
+        more, stream = self._layer(entering, joined, keys, values, (*self._tables, pairs.positions), step)
+        return self._layer.added(more, stream)
+
+
 class EagleDraft(PairDraft):
     """An EAGLE head as a draft; see `PairDraft` for its arguments.
 
@@ -112,9 +139,13 @@ class EagleDraft(PairDraft):
             check_vocabulary("eagle vocabulary", self.head.vocabulary.tolist(), spec)
 
     def fit(self, target: Target) -> None:
+        super().fit(target)
         if self.head.config.draft_vocab_size is not None:
             rows, bias = target.head_rows(self.head.vocabulary)
             self._reduced = rows.detach(), None if bias is None else bias.detach()
+
+    def decoder(self) -> EagleDecoder:
+        return EagleDecoder(self.head, self._tables)
 
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
@@ -126,4 +157,4 @@ class EagleDraft(PairDraft):
         return None if self._reduced is None else self.head.vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.target.head(hidden) if self._reduced is None else F.linear(hidden, *self._reduced)
+        return self.target.head(hidden) if self._reduced is None else product(hidden, *self._reduced)

@@ -24,7 +24,9 @@ from specvlm.drafts.heads import checked_taps, sizes_like
 from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
+from specvlm.targets.llama_layers import is_few, layer_of, product
 from specvlm.vocabulary import check_ids, check_vocabulary
+from specvlm_kernels import add_rms_norm, linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ class Eagle3Head(PairHead):
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, T, H] from the taps' features, concatenated."""
-        return self.fc(features)
+        return product(features, self.fc.weight)
 
     def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
@@ -126,6 +128,31 @@ class _Midlayer(nn.Module):
         pairs = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
         hidden = hidden + self.self_attn(pairs, **attention)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Decoder:
+    """A head's forward without gradients, by the kernels of the target's own decoder.
+
+    Args:
+        head: its weights, which become views of fused ones.
+        tables: cosines and sines of every position.
+    """
+
+    def __init__(self, head: Eagle3Head, tables: tuple[Tensor, Tensor]) -> None:
+        layer = head.midlayer
+        self._tables, self._layer = tables, layer_of(layer)
+        self._norms = layer.input_layernorm.weight.detach(), layer.hidden_norm.weight.detach()
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`."""
+        hidden = pairs.hidden
+        if pairs.direct is not None:
+            hidden = torch.where(pairs.direct[..., None], pairs.embeds, hidden)
+        both = zip((pairs.embeds, hidden), self._norms, strict=True)
+        entering = torch.cat([add_rms_norm(x, None, norm, eps=self._layer.eps)[0] for x, norm in both], dim=-1)
+        keys, values = slab[0]
+        more, stream = self._layer(entering, hidden, keys, values, (*self._tables, pairs.positions), step)
+        return self._layer.added(more, stream)
 
 
 class Eagle3Draft(PairDraft):
@@ -187,11 +214,18 @@ class Eagle3Draft(PairDraft):
             check_vocabulary("eagle3 d2t", by_d2t, spec)
 
     def fit(self, target: Target) -> None:
+        super().fit(target)
         self._vocabulary = self.head.vocabulary
+
+    def decoder(self) -> Eagle3Decoder:
+        return Eagle3Decoder(self.head, self._tables)
 
     @property
     def vocabulary(self) -> Tensor:
         return self._vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head.lm_head(self.head.norm(hidden))
+        if torch.is_grad_enabled() or not is_few(hidden):
+            return self.head.lm_head(self.head.norm(hidden))
+        norm = self.head.norm
+        return linear(add_rms_norm(hidden, None, norm.weight, eps=norm.variance_epsilon)[0], self.head.lm_head.weight)

@@ -8,7 +8,7 @@ Source: EAGLE (Li et al., 2024).
 """
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,8 +22,9 @@ from specvlm.compressors import Compressor, CompressorConfig, compressor_config
 from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
 from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
-from specvlm.targets.base import Prompt
+from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf_attention import AttentionStep
+from specvlm.targets.llama_layers import rotary_tables
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 
@@ -63,7 +64,7 @@ class Pairs:
 
     Attributes:
         embeds, hidden: [B, P, H]; `hidden` are fused features of the target, or outputs of the head.
-        positions: [B, P] rotary positions: those of the features.
+        positions: [B, P] int32 rotary positions: those of the features.
         direct: [B, P] bool rows whose embedding enters the layer as it is; None: there is none.
     """
 
@@ -111,11 +112,15 @@ class PairHead(Head):
         """The head's output [B, P, H], which is a pair's `hidden` one level on.
 
         Args:
-            slab: [1, 2, B, Hkv, S, D], to which the pairs' KV is written; in training a cache that grows, or None:
+            slab: a cache, to which the pairs' KV is added: [1, 2, B, Hkv, S, D], or one that grows, in training; None:
                 nothing is kept.
             step: where the pairs go in it, and what they see.
         """
         raise NotImplementedError
+
+
+#: A head's forward on pairs, as `PairHead.forward` with a slab, by the kernels of the target's own decoder.
+Decoder = Callable[[Pairs, Tensor, AttentionStep], Tensor]
 
 
 class PairDraft(HeadDraft):
@@ -131,13 +136,23 @@ class PairDraft(HeadDraft):
     head_class: ClassVar[type[PairHead]]
 
     head: PairHead
+    #: Cosines and sines of every position of the target's context.
+    _tables: tuple[Tensor, Tensor]
+
+    def fit(self, target: Target) -> None:
+        self._tables = rotary_tables(self.head.rotary, target.spec.context, self.head.config.head_dim)
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
         return PairSession(copy.copy(self), prompt, state)  # it keeps this target, whatever else is bound meanwhile
 
+    def decoder(self) -> Decoder:
+        """The head's forward without gradients, with its weights as they lie now, which become views of fused ones."""
+        raise NotImplementedError
+
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
+        yield from self._tables
         if self.vocabulary is not None:
             yield self.vocabulary
 
@@ -156,6 +171,7 @@ class PairSession:
 
     def __init__(self, draft: PairDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft, self._target = draft, draft.target
+        self._decoder = draft.decoder()
         config = draft.head.config
         self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise, draft.vocabulary)
         self._context = draft.target.spec.context
@@ -166,7 +182,7 @@ class PairSession:
         self.reads: tuple[Tensor, ...] = (self._left_out,) if self._guide is None else (self._left_out, self._guide)
         self.recording: Hashable = draft.recording
         if pairs.positions.shape[1]:
-            draft.head(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
+            self._decoder(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
 
     def propose(self, state: DecodeState) -> DraftTree:
         """A tree by the draft's policy, on top of what was emitted."""
@@ -177,7 +193,7 @@ class PairSession:
         before = first - 1  # a pair stands at its feature's position
         count = step.tokens.shape[1]
         chain = chain_ancestors(count, before.device).expand(before.shape[0], -1, -1)
-        positions = before[:, None] + torch.arange(count, device=before.device)
+        positions = before[:, None] + torch.arange(count, dtype=torch.int32, device=before.device)
         features = self._draft.head.fuse(step.features)
         hidden = self._forward(step.tokens, features, positions, AttentionStep(before - self._left_out, chain))
         return rows_of(hidden, step.count[:, None].long() - 1)
@@ -196,4 +212,4 @@ class PairSession:
     def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         hidden = self._draft.head.compressor.guided(hidden, self._guide)
         pairs = Pairs(self._target.embed(tokens), hidden, positions.clamp(max=self._context - 1))
-        return self._draft.head(pairs, self._slab, step)
+        return self._decoder(pairs, self._slab, step)
