@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.drafts import EagleDraft
+from specvlm.drafts import EagleDraft, VLMDraft
 from specvlm.drafts.base import Rehearsal
 from specvlm.graphs import CudaRecorder, RecordingDesk
 from specvlm.policies import Eagle2, FixedShape, Sage
@@ -15,8 +15,8 @@ from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget
 from specvlm.tree import BUCKETS, Plan
 from tests.drafts.test_eagle3 import random_draft as eagle3
-from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
-from tests.test_kernels_in_decoder import eagle
+from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_lm
+from tests.test_kernels_in_decoder import eagle, vlm
 
 
 class Recorder:
@@ -104,12 +104,15 @@ def test_answers_under_way_at_once_do_not_disturb_each_other(recorded):
 
 
 def drafts_of(specvlm):
-    """A head under a policy of one shape, under one of many that looks back, and under the usual noise."""
+    """A head under a policy of one shape, under one of many that looks back, and under the usual noise; small models
+    that see, and that read text alone."""
     head = eagle(specvlm, Plan(16, 3, 4)).head
     return (
         EagleDraft(head, Eagle2(Plan(16, 3, 4))),
         EagleDraft(head, Sage(depths=(1, 3), widths=(2, 4), nodes=16)),
         EagleDraft(head, Eagle2(Plan(8, 2, 3)), shared_noise=False),
+        vlm(Plan(16, 3, 4)),
+        VLMDraft(tiny_lm("qwen2", num_hidden_layers=1), Eagle2(Plan(8, 2, 3))),
     )
 
 
@@ -123,6 +126,8 @@ def test_trees_that_are_grown_by_replays_are_those_that_are_not(recorded, settin
             got, expected = specvlm.generate(**options, draft=draft), plain.generate(**options, draft=same)
             assert got.tokens == expected.tokens == plain.generate(**options, draft=None).tokens
             assert got.stats.accepted_histogram == expected.stats.accepted_histogram
+    recorded = [key for desk in specvlm.target._desks.values() for key, *_ in desk._replays]
+    assert {kind for step, (kind, *_), *_ in (key for key in recorded if "grow" in key)} == {"eagle", "vlm"}
     assert recorder.replays > recorder.recordings > 0
 
 

@@ -219,8 +219,8 @@ def test_rotations_that_are_no_table_of_halves_are_refused(monkeypatch):
 
 
 def wrong_angles(decoder):
-    decoder._cos, decoder._sin = decoder._cos.roll(1, 0), decoder._sin.roll(1, 0)
-    decoder._cos[5:], decoder._sin[5:] = decoder._cos[4:-1].clone(), decoder._sin[4:-1].clone()
+    cos, sin = decoder.tables = [table.roll(1, 0) for table in decoder.tables]
+    cos[5:], sin[5:] = cos[4:-1].clone(), sin[4:-1].clone()
 
 
 def wrong_eps(decoder):

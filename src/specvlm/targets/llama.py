@@ -44,6 +44,9 @@ class LlamaDecoder:
         language: Hugging Face's, which `why_not` found nothing against. Its parameters become views of fused tensors;
             a parameter that is replaced later, not written to, is not followed.
 
+    Attributes:
+        tables: cosines and sines [context, D / 2] of its rotations.
+
     Raises:
         ValueError: its rotations are not a table's.
     """
@@ -51,7 +54,7 @@ class LlamaDecoder:
     def __init__(self, language: PreTrainedModel) -> None:
         text: Any = language.config
         self._eps = float(text.rms_norm_eps)
-        self._cos, self._sin = rotary_tables(language.rotary_emb, text.max_position_embeddings, head_size(text))
+        self.tables = rotary_tables(language.rotary_emb, text.max_position_embeddings, head_size(text))
         self._layers = [layer_of(layer) for layer in language.layers]
         self._entering = [layer.input_layernorm.weight.detach() for layer in language.layers]
         self._norm = language.norm.weight.detach()
@@ -69,7 +72,7 @@ class LlamaDecoder:
             taps: layers whose inputs are the features; None: the states.
         """
         tapped: dict[int, Tensor] = {}
-        rotation = self._cos, self._sin, positions
+        rotation = (*self.tables, positions)
         x, stream = embeds, None
         layers = zip(self._entering, self._layers, slab.unbind(), strict=True)
         for index, (norm, layer, (keys, values)) in enumerate(layers):
