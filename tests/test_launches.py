@@ -88,7 +88,7 @@ def test_a_layer_is_eight_launches(nodes):
 def test_the_table_counts_the_bytes_that_the_decoder_holds():
     decoder = LlamaDecoder(tiny_llava(num_key_value_heads=2).model.language_model)
     layer = decoder._layers[0]
-    held = (decoder._entering[0], layer.qkv, layer.out, layer.norm, layer.gate_up, layer.down)
+    held = (decoder._entering[0], layer.norm, *(weight.values for weight in layer.weights()))
     sizes = Sizes("tiny", hidden=128, inner=160, layers=2, heads=4, kv_heads=2, vocabulary=320, head_dim=32)
     assert layer_weights(sizes, itemsize=4) == sum(one.nbytes for one in held)
 

@@ -11,7 +11,7 @@ from specvlm import SpecVLM, load
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget, target_for
-from specvlm.targets.llama_layers import fused, rotary_tables
+from specvlm.targets.llama_layers import Weight, fused, rotary_tables
 from specvlm_kernels import pack_ancestors
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_processor
 
@@ -86,10 +86,10 @@ def test_weights_are_held_once_and_a_second_time_move_no_more():
             assert torch.equal(one, value)
     again = LlamaTarget(model)
     for one, other in zip(target._decoder._layers, again._decoder._layers, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr() == one.qkv.untyped_storage().data_ptr()
+        assert one.qkv.values.data_ptr() == other.qkv.values.data_ptr() == one.qkv.values.untyped_storage().data_ptr()
         assert one.qkv_bias.data_ptr() == other.qkv_bias.data_ptr()
-        assert one.gate_up.data_ptr() == other.gate_up.data_ptr()
-        assert torch.equal(one.gate_up, other.gate_up)
+        assert one.gate_up.values.data_ptr() == other.gate_up.values.data_ptr()
+        assert torch.equal(one.gate_up.values, other.gate_up.values)
 
 
 def test_what_is_written_to_the_models_weights_counts():
@@ -240,7 +240,7 @@ def wrong_norm(decoder):
 
 
 def turned_gate(decoder):
-    decoder._layers = [replace(layer, gate_up=layer.gate_up.roll(160, 0)) for layer in decoder._layers]
+    decoder._layers = [replace(one, gate_up=Weight(one.gate_up.values.roll(160, 0))) for one in decoder._layers]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -25,6 +25,9 @@ CASES = {
     "eagle3": (eagle3, {}),
 }
 
+#: How much of a weight's norm e4m3 may lose at random numbers, each of which loses up to a 16th of itself.
+LOST = 2**-5
+
 
 @pytest.fixture(scope="module")
 def specvlm() -> SpecVLM:
@@ -135,3 +138,41 @@ def test_a_head_that_has_drafted_is_saved_whole(specvlm, make, tmp_path):
     for name, one in load_file(tmp_path / "used" / "model.safetensors").items():
         assert torch.equal(one, expected[name]), name
     assert type(draft).from_pretrained(tmp_path / "used").head.config == draft.head.config
+
+
+@pytest.mark.parametrize("rows", [5, 150])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_weights_of_8_bits_move_outputs_by_what_they_lose(specvlm, case, rows):
+    make, changes = CASES[case]
+    draft = make(specvlm, **changes)
+    small = draft.quantized()
+    small.bind(specvlm.target)
+    assert small.head is draft.head
+    full, rounded, config = draft.decoder(), small.decoder(), draft.head.config
+    torch.manual_seed(3)
+    pairs, step = pairs_of(rows, 0), AttentionStep(torch.zeros(1, dtype=torch.int32), None)
+    slab = torch.zeros(1, 2, 1, config.num_key_value_heads, capacity(rows), config.head_dim)
+    whole, hidden = full(pairs, slab, step), rounded(pairs, slab, step)
+    assert 0 < (hidden - whole).norm() / whole.norm() < 0.1
+    logits = draft.logits(whole)
+    assert 0 < (small.logits(whole) - logits).norm() / logits.norm() < LOST
+    for weight, other in zip(full.weights(), rounded.weights(), strict=True):
+        read = other.read(torch.float32)
+        assert 0 < (weight.values - read).norm() / weight.values.norm() < LOST
+        assert 4 * other.values.nbytes == weight.values.nbytes
+        weight.values.copy_(read)
+    # The modules, with weights that are what is left.
+    torch.testing.assert_close(hidden, draft.head(pairs, slab, step), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [eagle, eagle3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_of_8_bits_leaves_the_answer_as_it_is(specvlm, make, temperature):
+    vocabulary = [*range(7, 100, 5), *range(130, 320, 3)]
+    prompt = prompt_for(specvlm.target.model) | {"temperature": temperature, "max_new_tokens": 40}
+    expected = specvlm.generate(**prompt).tokens
+    for draft in (make(specvlm).quantized(), make(specvlm, vocabulary=vocabulary).quantized()):
+        assert specvlm.generate(**prompt, draft=draft).tokens == expected
+        assert draft.sizes["e4m3"]
+        assert draft.with_vocabulary(vocabulary[:9]).e4m3

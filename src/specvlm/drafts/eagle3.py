@@ -21,12 +21,12 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from specvlm.drafts.heads import checked_taps, sizes_like
-from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
+from specvlm.drafts.pairs import Output, PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
-from specvlm.targets.llama_layers import is_few, layer_of, product
+from specvlm.targets.llama_layers import LlamaLayer, Weight, is_few, layer_of, product
 from specvlm.vocabulary import check_ids, check_vocabulary
-from specvlm_kernels import add_rms_norm, linear
+from specvlm_kernels import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class Eagle3Head(PairHead):
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, T, H] from the taps' features, concatenated."""
-        return product(features, self.fc.weight)
+        return product(features, Weight(self.fc.weight))
 
     def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
@@ -130,29 +130,35 @@ class _Midlayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+@dataclass(frozen=True, slots=True)
 class Eagle3Decoder:
-    """A head's forward without gradients, by the kernels of the target's own decoder.
+    """See `PairDecoder`.
 
-    Args:
-        head: its weights, which become views of fused ones.
+    Attributes:
+        norms: [H] each, of embeddings and of hidden states.
+        layer: the layer, whose attention reads both side by side.
         tables: cosines and sines of every position.
     """
 
-    def __init__(self, head: Eagle3Head, tables: tuple[Tensor, Tensor]) -> None:
-        layer = head.midlayer
-        self._tables, self._layer = tables, layer_of(layer)
-        self._norms = layer.input_layernorm.weight.detach(), layer.hidden_norm.weight.detach()
+    norms: tuple[Tensor, Tensor]
+    layer: LlamaLayer
+    tables: tuple[Tensor, Tensor]
 
     def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
-        """See `PairHead.forward`."""
         hidden = pairs.hidden
         if pairs.direct is not None:
             hidden = torch.where(pairs.direct[..., None], pairs.embeds, hidden)
-        both = zip((pairs.embeds, hidden), self._norms, strict=True)
-        entering = torch.cat([add_rms_norm(x, None, norm, eps=self._layer.eps)[0] for x, norm in both], dim=-1)
+        both = zip((pairs.embeds, hidden), self.norms, strict=True)
+        entering = torch.cat([add_rms_norm(x, None, norm, eps=self.layer.eps)[0] for x, norm in both], dim=-1)
         keys, values = slab[0]
-        more, stream = self._layer(entering, hidden, keys, values, (*self._tables, pairs.positions), step)
-        return self._layer.added(more, stream)
+        more, stream = self.layer(entering, hidden, keys, values, (*self.tables, pairs.positions), step)
+        return self.layer.added(more, stream)
+
+    def weights(self) -> tuple[Weight, ...]:
+        return self.layer.weights()
+
+    def quantized(self) -> "Eagle3Decoder":
+        return replace(self, layer=self.layer.quantized())
 
 
 class Eagle3Draft(PairDraft):
@@ -199,7 +205,9 @@ class Eagle3Draft(PairDraft):
         cut = {"lm_head.weight": weights["lm_head.weight"][rows], "d2t": head.d2t}
         head.load_state_dict(weights | cut)
         head.set_vocabulary(torch.tensor([tokens[row] for row in rows]))
-        return Eagle3Draft(head, self.policy, self.shared_noise)
+        made = Eagle3Draft(head, self.policy, self.shared_noise)
+        made.e4m3 = self.e4m3
+        return made
 
     def check_fit(self, spec: TargetSpec) -> None:
         by_d2t, by_t2d = self.head.vocabulary.tolist(), self.head.t2d.nonzero()[:, 0].tolist()
@@ -217,15 +225,20 @@ class Eagle3Draft(PairDraft):
         super().fit(target)
         self._vocabulary = self.head.vocabulary
 
-    def decoder(self) -> Eagle3Decoder:
-        return Eagle3Decoder(self.head, self._tables)
+    def output_rows(self, target: Target) -> Output | None:
+        return (Weight(self.head.lm_head.weight.detach()), None) if self.e4m3 else None
+
+    def fused(self) -> Eagle3Decoder:
+        layer = self.head.midlayer
+        norms = layer.input_layernorm.weight.detach(), layer.hidden_norm.weight.detach()
+        return Eagle3Decoder(norms, layer_of(layer), self._tables)
 
     @property
     def vocabulary(self) -> Tensor:
         return self._vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not is_few(hidden):
-            return self.head.lm_head(self.head.norm(hidden))
-        norm = self.head.norm
-        return linear(add_rms_norm(hidden, None, norm.weight, eps=norm.variance_epsilon)[0], self.head.lm_head.weight)
+        norm, output = self.head.norm, self._output or (Weight(self.head.lm_head.weight), None)
+        few = is_few(hidden) and not torch.is_grad_enabled()
+        normed = add_rms_norm(hidden, None, norm.weight, eps=norm.variance_epsilon)[0] if few else norm(hidden)
+        return product(normed, *output)

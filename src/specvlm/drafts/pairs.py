@@ -8,9 +8,9 @@ Source: EAGLE (Li et al., 2024).
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf_attention import AttentionStep
-from specvlm.targets.llama_layers import rotary_tables
+from specvlm.targets.llama_layers import Weight, rotary_tables
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 
@@ -119,8 +119,24 @@ class PairHead(Head):
         raise NotImplementedError
 
 
-#: A head's forward on pairs, as `PairHead.forward` with a slab, by the kernels of the target's own decoder.
-Decoder = Callable[[Pairs, Tensor, AttentionStep], Tensor]
+#: Rows of an output head, and their bias [r], or None.
+Output = tuple[Weight, Tensor | None]
+
+
+class PairDecoder(Protocol):
+    """A head's forward without gradients, by the kernels of the target's own decoder."""
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`."""
+        ...
+
+    def weights(self) -> tuple[Weight, ...]:
+        """What its products read."""
+        ...
+
+    def quantized(self) -> Self:
+        """The same forward, whose products read e4m3 with a scale a row."""
+        ...
 
 
 class PairDraft(HeadDraft):
@@ -136,23 +152,63 @@ class PairDraft(HeadDraft):
     head_class: ClassVar[type[PairHead]]
 
     head: PairHead
+    #: Its forwards read weights of 8 bits.
+    e4m3: bool = False
+
     #: Cosines and sines of every position of the target's context.
     _tables: tuple[Tensor, Tensor]
+    #: What forwards and logits read instead of the head's weights.
+    _small: PairDecoder | None = None
+    _output: Output | None = None
+
+    def quantized(self) -> Self:
+        """A draft of the same head, shared, which reads its weights and the output head's as e4m3 with a scale a row.
+
+        That halves the bytes of a level. The draft guesses a little worse; verification, and so the answer, stays as it
+        is. The copies are of the weights as they are when a target is bound, and lie beside them.
+        """
+        made = copy.copy(self)
+        made.e4m3, made._fitted = True, None
+        return made
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return super().sizes | ({"e4m3": True} if self.e4m3 else {})
 
     def fit(self, target: Target) -> None:
         self._tables = rotary_tables(self.head.rotary, target.spec.context, self.head.config.head_dim)
+        self._small = self.fused().quantized() if self.e4m3 else None
+        self._output = self.output_rows(target)
+        if self._output is not None and self.e4m3:
+            rows, bias = self._output
+            self._output = rows.quantized(), bias
+
+    def output_rows(self, target: Target) -> Output | None:
+        """Rows [r, H] of the output head for what it can propose, where the draft holds them itself; None: it does
+        not."""
+        raise NotImplementedError
+
+    def decoder(self) -> PairDecoder:
+        """The head's forward without gradients, with its weights as they lie now."""
+        return self.fused() if self._small is None else self._small
+
+    def fused(self) -> PairDecoder:
+        """The forward over the head's own weights, which become views of fused ones."""
+        raise NotImplementedError
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
         return PairSession(copy.copy(self), prompt, state)  # it keeps this target, whatever else is bound meanwhile
 
-    def decoder(self) -> Decoder:
-        """The head's forward without gradients, with its weights as they lie now, which become views of fused ones."""
-        raise NotImplementedError
-
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
         yield from self._tables
+        output, bias = self._output or (None, None)
+        weights = () if self._small is None else self._small.weights()
+        for weight in (*weights, *(() if output is None else (output,))):
+            yield from (tensor for tensor in (weight.values, weight.scale) if tensor is not None)
+        if bias is not None:
+            yield bias
         if self.vocabulary is not None:
             yield self.vocabulary
 

@@ -5,7 +5,7 @@ on working, and nothing is held twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,31 @@ from specvlm_kernels import (
     rotary_write_kv,
 )
 from specvlm_kernels.decoder_linear import FEW_ROWS
+from specvlm_kernels.fp8 import quantize_rows
 
 #: Cosines and sines [P, D / 2] fp32, a row a position, and the rows' positions [B, T] int32.
 Rotation = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [N, K] as products read it.
+
+    Attributes:
+        values: in the dtype of what they are multiplied with, or e4m3.
+        scale: [N] fp32 what a row of e4m3 is to be multiplied by; None: the values are not e4m3.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def quantized(self) -> "Weight":
+        """The same in e4m3, with a scale a row."""
+        return Weight(*quantize_rows(self.values))
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The numbers that it stands for, in `dtype`; of e4m3 a copy, which is worth it for many rows alone."""
+        return self.values if self.scale is None else (self.values.float() * self.scale[:, None]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +64,12 @@ class LlamaLayer:
         scaling: of the scores.
     """
 
-    qkv: Tensor
+    qkv: Weight
     qkv_bias: Tensor | None
-    out: Tensor
+    out: Weight
     norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     eps: float
     scaling: float
 
@@ -64,16 +86,28 @@ class LlamaLayer:
         """
         cache = keys, values, step.kv_len if step.first_slot is None else step.first_slot
         few = is_few(normed)
+        dtype, qkv = normed.dtype, self.qkv
         if few:
-            q = rotary_linear(normed, self.qkv, self.qkv_bias, *rotation, *cache)
-            x = linear_parts(attend(q, keys, values, step, self.scaling).flatten(2), self.out)
+            q = rotary_linear(normed, qkv.values, self.qkv_bias, *rotation, *cache, weight_scale=qkv.scale)
+            attended = attend(q, keys, values, step, self.scaling).flatten(2)
+            x = linear_parts(attended, self.out.values, weight_scale=self.out.scale)
         else:
-            q = rotary_write_kv(F.linear(normed, self.qkv, self.qkv_bias), *rotation, *cache)
-            x = F.linear(attend(q, keys, values, step, self.scaling).flatten(2), self.out)
+            q = rotary_write_kv(F.linear(normed, qkv.read(dtype), self.qkv_bias), *rotation, *cache)
+            x = F.linear(attend(q, keys, values, step, self.scaling).flatten(2), self.out.read(dtype))
         normed, stream = add_rms_norm(x, stream, self.norm, eps=self.eps)
         if few:
-            return linear_parts(gated_linear(normed, self.gate_up), self.down), stream
-        return F.linear(gated_silu(F.linear(normed, self.gate_up)), self.down), stream
+            inner = gated_linear(normed, self.gate_up.values, weight_scale=self.gate_up.scale)
+            return linear_parts(inner, self.down.values, weight_scale=self.down.scale), stream
+        return F.linear(gated_silu(F.linear(normed, self.gate_up.read(dtype))), self.down.read(dtype)), stream
+
+    def weights(self) -> tuple[Weight, ...]:
+        """What its products read."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def quantized(self) -> "LlamaLayer":
+        """The same layer, whose products read e4m3 with a scale a row."""
+        qkv, out, gate_up, down = (weight.quantized() for weight in self.weights())
+        return replace(self, qkv=qkv, out=out, gate_up=gate_up, down=down)
 
     def added(self, more: Tensor, stream: Tensor) -> Tensor:
         """The stream with what the layer adds to it, in one launch; its norm, which comes along, nobody reads."""
@@ -85,11 +119,11 @@ def is_few(x: Tensor) -> bool:
     return x.dim() == 3 and x.shape[0] * x.shape[1] <= FEW_ROWS
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + b [..., N] of [..., K]; for few rows, where no gradient is asked for, by a row's own arithmetic."""
     if torch.is_grad_enabled() or not is_few(x):
-        return F.linear(x, weight, bias)
-    return linear(x, weight, bias)
+        return F.linear(x, weight.read(x.dtype), bias)
+    return linear(x, weight.values, bias, weight_scale=weight.scale)
 
 
 def layer_of(layer: Any) -> LlamaLayer:
@@ -98,12 +132,12 @@ def layer_of(layer: Any) -> LlamaLayer:
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases = [one.bias for one in projections]
     return LlamaLayer(
-        qkv=fused([one.weight for one in projections]),
+        qkv=Weight(fused([one.weight for one in projections])),
         qkv_bias=None if biases[0] is None else fused(biases),
-        out=attention.o_proj.weight.detach(),
+        out=Weight(attention.o_proj.weight.detach()),
         norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=fused([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=Weight(fused([mlp.gate_proj.weight, mlp.up_proj.weight])),
+        down=Weight(mlp.down_proj.weight.detach()),
         eps=float(layer.post_attention_layernorm.variance_epsilon),
         scaling=float(attention.scaling),
     )
