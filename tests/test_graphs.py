@@ -104,13 +104,14 @@ def test_answers_under_way_at_once_do_not_disturb_each_other(recorded):
 
 
 def drafts_of(specvlm):
-    """A head under a policy of one shape, under one of many that looks back, and under the usual noise; small models
-    that see, and that read text alone."""
+    """A head under a policy of one shape, under one of many that looks back, under the usual noise and of 8 bits; small
+    models that see, and that read text alone."""
     head = eagle(specvlm, Plan(16, 3, 4)).head
     return (
         EagleDraft(head, Eagle2(Plan(16, 3, 4))),
         EagleDraft(head, Sage(depths=(1, 3), widths=(2, 4), nodes=16)),
         EagleDraft(head, Eagle2(Plan(8, 2, 3)), shared_noise=False),
+        EagleDraft(head, Eagle2(Plan(8, 2, 3))).quantized(),
         vlm(Plan(16, 3, 4)),
         VLMDraft(tiny_lm("qwen2", num_hidden_layers=1), Eagle2(Plan(8, 2, 3))),
     )
@@ -250,6 +251,24 @@ def test_graphs_give_the_answers_of_eager_forwards(temperature):
     assert isinstance(graphs.target._recorder, CudaRecorder)
     for draft in (None, ScriptedDraft(longer, depth=6, decoys=2), ScriptedDraft(longer, depth=31), "ngram"):
         assert graphs.generate(**options, draft=draft).tokens == longer[:64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_trees_that_graphs_grow_are_those_of_eager_forwards(temperature):
+    model = tiny_llava(num_key_value_heads=2).to("cuda", torch.bfloat16)
+    options = {name: one.to("cuda") for name, one in prompt_for(model).items()}
+    options |= {"temperature": temperature, "max_new_tokens": 64}
+    eager, graphs = (
+        SpecVLM.from_target(LlamaTarget(model, recorder=Recorder())),
+        SpecVLM.from_target(LlamaTarget(model)),
+    )
+    for draft in (*drafts_of(graphs), eagle3(graphs, Plan(16, 3, 4))):
+        expected = eager.generate(**options, draft=draft)
+        for _ in range(3):  # as it comes, recorded, replayed
+            got = graphs.generate(**options, draft=draft)
+            assert got.tokens == expected.tokens
+            assert got.stats.accepted_histogram == expected.stats.accepted_histogram
 
 
 @pytest.mark.gpu

@@ -132,7 +132,7 @@ class _Midlayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Decoder:
-    """See `PairDecoder`.
+    """See `PairDecoder`. Its products are the layer's: `fuse` is one of a round, not of a level, and stays as it is.
 
     Attributes:
         norms: [H] each, of embeddings and of hidden states.

@@ -164,8 +164,9 @@ class PairDraft(HeadDraft):
     def quantized(self) -> Self:
         """A draft of the same head, shared, which reads its weights and the output head's as e4m3 with a scale a row.
 
-        That halves the bytes of a level. The draft guesses a little worse; verification, and so the answer, stays as it
-        is. The copies are of the weights as they are when a target is bound, and lie beside them.
+        That halves the bytes of a level, on a GPU; a CPU has no such products and takes longer. The draft may guess a
+        little worse; verification, and so the answer, stays as it is. What is read are copies, which lie beside the
+        weights, of what these are when a target is bound: after more training, ask for it again.
         """
         made = copy.copy(self)
         made.e4m3, made._fitted = True, None

@@ -153,7 +153,7 @@ class VLMDraft:
     @property
     def recording(self) -> Hashable:
         """What a recording of its forwards depends on; None: transformers' modeling code may look at the host."""
-        if self._decoder is None:
+        if self._decoder is None or type(self.model.lm_head) is not nn.Linear:
             return None
         held = (*self.model.parameters(), *self._decoder.tables, self.exclude)
         vocabulary = None if self.vocabulary is None else self.vocabulary.data_ptr()
