@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specvlm import SpecVLM
-from specvlm.drafts import EagleDraft
+from specvlm.drafts import EagleDraft, VLMDraft
 from specvlm.drafts.base import Rehearsal
 from specvlm.graphs import CudaRecorder, RecordingDesk
 from specvlm.policies import Eagle2, FixedShape, Sage
@@ -15,8 +15,8 @@ from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget
 from specvlm.tree import BUCKETS, Plan
 from tests.drafts.test_eagle3 import random_draft as eagle3
-from tests.fakes import ScriptedDraft, prompt_for, tiny_llava
-from tests.test_kernels_in_decoder import eagle
+from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_lm
+from tests.test_kernels_in_decoder import eagle, vlm
 
 
 class Recorder:
@@ -113,16 +113,36 @@ def drafts_of(specvlm):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}])
-def test_trees_that_are_grown_by_replays_are_those_that_are_not(recorded, settings):
+def others_of(specvlm):
+    """A head of 8 bits, and small models that see, and that read text alone."""
+    return (
+        eagle(specvlm, Plan(8, 2, 3)).quantized(),
+        vlm(Plan(8, 2, 3)),
+        VLMDraft(tiny_lm("qwen2", num_hidden_layers=1), Eagle2(Plan(8, 2, 3))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "settings"),
+    [
+        (drafts_of, {}),
+        (drafts_of, {"temperature": 1.0}),
+        (drafts_of, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}),
+        (others_of, {"temperature": 1.0}),
+    ],
+)
+def test_trees_that_are_grown_by_replays_are_those_that_are_not(recorded, made, settings):
     specvlm, recorder = recorded
     plain = SpecVLM.from_target(LlamaTarget(specvlm.target.model))
-    for draft, same in zip(drafts_of(specvlm), drafts_of(plain), strict=True):
+    for draft, same in zip(made(specvlm), made(plain), strict=True):
         for seed in range(2):
             options = prompt_for(specvlm.target.model, seed=seed) | settings | {"seed": seed, "max_new_tokens": 40}
             got, expected = specvlm.generate(**options, draft=draft), plain.generate(**options, draft=same)
             assert got.tokens == expected.tokens == plain.generate(**options, draft=None).tokens
             assert got.stats.accepted_histogram == expected.stats.accepted_histogram
+    keys = [key for desk in specvlm.target._desks.values() for key, *_ in desk._replays]
+    kinds = {kind for _, (kind, *_), *_ in (key for key in keys if "grow" in key)}
+    assert kinds == ({"eagle"} if made is drafts_of else {"eagle", "vlm"})
     assert recorder.replays > recorder.recordings > 0
 
 
@@ -245,6 +265,24 @@ def test_graphs_give_the_answers_of_eager_forwards(temperature):
     assert isinstance(graphs.target._recorder, CudaRecorder)
     for draft in (None, ScriptedDraft(longer, depth=6, decoys=2), ScriptedDraft(longer, depth=31), "ngram"):
         assert graphs.generate(**options, draft=draft).tokens == longer[:64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_trees_that_graphs_grow_are_those_of_eager_forwards(temperature):
+    model = tiny_llava(num_key_value_heads=2).to("cuda", torch.bfloat16)
+    options = {name: one.to("cuda") for name, one in prompt_for(model).items()}
+    options |= {"temperature": temperature, "max_new_tokens": 64}
+    eager, graphs = (
+        SpecVLM.from_target(LlamaTarget(model, recorder=Recorder())),
+        SpecVLM.from_target(LlamaTarget(model)),
+    )
+    for draft in (*drafts_of(graphs), *others_of(graphs), eagle3(graphs, Plan(16, 3, 4))):
+        expected = eager.generate(**options, draft=draft)
+        for _ in range(3):  # as it comes, recorded, replayed
+            got = graphs.generate(**options, draft=draft)
+            assert got.tokens == expected.tokens
+            assert got.stats.accepted_histogram == expected.stats.accepted_histogram
 
 
 @pytest.mark.gpu

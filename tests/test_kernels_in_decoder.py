@@ -83,6 +83,7 @@ def test_answers_are_equal_on_a_gpu(launches, temperature):
     longer = specvlm.generate(**options | {"max_new_tokens": 80}).tokens
     plan = Plan(32, 4, 6)
     drafts = [NGramDraft(), ScriptedDraft(longer, depth=6, decoys=2), eagle(specvlm, plan), vlm(plan)]
+    drafts.append(eagle(specvlm, plan).quantized())
     for draft in drafts:
         assert specvlm.generate(**options, draft=draft).tokens == longer[:64]
     assert launches.keys() == {name for names in LAUNCHERS.values() for name in names}

@@ -10,7 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from specvlm import SpecVLM, load
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
-from specvlm.targets.llama import LlamaTarget, fused, rotary_tables, target_for
+from specvlm.targets.llama import LlamaTarget, target_for
+from specvlm.targets.llama_layers import Weight, fused, rotary_tables
 from specvlm_kernels import pack_ancestors
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_processor
 
@@ -85,10 +86,10 @@ def test_weights_are_held_once_and_a_second_time_move_no_more():
             assert torch.equal(one, value)
     again = LlamaTarget(model)
     for one, other in zip(target._decoder._layers, again._decoder._layers, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr() == one.qkv.untyped_storage().data_ptr()
+        assert one.qkv.values.data_ptr() == other.qkv.values.data_ptr() == one.qkv.values.untyped_storage().data_ptr()
         assert one.qkv_bias.data_ptr() == other.qkv_bias.data_ptr()
-        assert one.gate_up.data_ptr() == other.gate_up.data_ptr()
-        assert torch.equal(one.gate_up, other.gate_up)
+        assert one.gate_up.values.data_ptr() == other.gate_up.values.data_ptr()
+        assert torch.equal(one.gate_up.values, other.gate_up.values)
 
 
 def test_what_is_written_to_the_models_weights_counts():
@@ -214,20 +215,24 @@ def test_rotations_that_are_no_table_of_halves_are_refused(monkeypatch):
     growing = torch.arange(32)
     monkeypatch.setattr(type(rotary), "forward", lambda self, x, ids: tuple(growing * t for t in turned(x, ids)))
     with pytest.raises(ValueError, match=r"own decoder: expected rotations of a head's 32 elements .* \[1, 512, 32\]"):
-        rotary_tables(model.model.language_model)
+        rotary_tables(rotary, 512, 32)
 
 
 def wrong_angles(decoder):
-    decoder._cos, decoder._sin = decoder._cos.roll(1, 0), decoder._sin.roll(1, 0)
-    decoder._cos[5:], decoder._sin[5:] = decoder._cos[4:-1].clone(), decoder._sin[4:-1].clone()
+    cos, sin = decoder.tables = [table.roll(1, 0) for table in decoder.tables]
+    cos[5:], sin[5:] = cos[4:-1].clone(), sin[4:-1].clone()
 
 
 def wrong_eps(decoder):
     decoder._eps = 0.5
 
 
+def wrong_eps_inside(decoder):
+    decoder._layers = [replace(layer, eps=0.5) for layer in decoder._layers]
+
+
 def wrong_scale(decoder):
-    decoder._scale *= 1.5
+    decoder._layers = [replace(layer, scaling=1.5 * layer.scaling) for layer in decoder._layers]
 
 
 def wrong_norm(decoder):
@@ -235,11 +240,11 @@ def wrong_norm(decoder):
 
 
 def turned_gate(decoder):
-    decoder._layers = [replace(layer, gate_up=layer.gate_up.roll(160, 0)) for layer in decoder._layers]
+    decoder._layers = [replace(one, gate_up=Weight(one.gate_up.values.roll(160, 0))) for one in decoder._layers]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spoil", [wrong_angles, wrong_eps, wrong_scale, wrong_norm, turned_gate])
+@pytest.mark.parametrize("spoil", [wrong_angles, wrong_eps, wrong_eps_inside, wrong_scale, wrong_norm, turned_gate])
 def test_a_decoder_that_disagrees_is_not_taken(monkeypatch, spoil, dtype):
     made = llama.LlamaDecoder
 

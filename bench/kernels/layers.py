@@ -11,6 +11,7 @@ import specvlm_kernels
 from bench.floors import MODELS, Sizes
 from bench.kernels.registry import Call, Case, Place, Problem, require_close
 from specvlm_kernels import reference
+from specvlm_kernels.fp8 import quantize_rows
 
 ROWS, MANY_ROWS, EPS, CAPACITY = (1, 8, 64), 64, 1e-5, 256
 
@@ -81,37 +82,51 @@ PLAIN: dict[str, Callable[..., Any]] = {
 
 
 def layer_cases() -> Iterator[Case]:
-    """Every product of a 7B layer for 1, 8 and 64 rows, and what is between them; of a 13B layer for 64."""
+    """Every product of a 7B layer for 1, 8 and 64 rows, of e4m3 weights too, and what is between them; of a 13B layer
+    for 64."""
     for sizes in MODELS:
         for rows in ROWS if sizes is MODELS[0] else (MANY_ROWS,):
             yield from product_cases(sizes, rows)
+    for rows in ROWS:
+        yield from product_cases(MODELS[0], rows, e4m3=True)
     yield from between_cases(MODELS[0], MANY_ROWS)
 
 
-def product_cases(sizes: Sizes, rows: int) -> Iterator[Case]:
+def product_cases(sizes: Sizes, rows: int, *, e4m3: bool = False) -> Iterator[Case]:
     wide = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    yield product_case("rotary_linear", "q k v", sizes, rows, sizes.hidden, wide, 2 * wide)
-    yield product_case("linear_parts", "out", sizes, rows, sizes.heads * sizes.head_dim, sizes.hidden, 4 * sizes.hidden)
-    yield product_case("gated_linear", "gate and up", sizes, rows, sizes.hidden, 2 * sizes.inner, 2 * sizes.inner)
-    yield product_case("linear_parts", "down", sizes, rows, sizes.inner, sizes.hidden, 4 * sizes.hidden)
-    yield product_case("linear", "head", sizes, rows, sizes.hidden, sizes.vocabulary, 2 * sizes.vocabulary)
+    for op, what, columns, outputs, written in (
+        ("rotary_linear", "q k v", sizes.hidden, wide, 2 * wide),
+        ("linear_parts", "out", sizes.heads * sizes.head_dim, sizes.hidden, 4 * sizes.hidden),
+        ("gated_linear", "gate and up", sizes.hidden, 2 * sizes.inner, 2 * sizes.inner),
+        ("linear_parts", "down", sizes.inner, sizes.hidden, 4 * sizes.hidden),
+        ("linear", "head", sizes.hidden, sizes.vocabulary, 2 * sizes.vocabulary),
+    ):
+        yield product_case(op, what, sizes, rows, columns, outputs, written, e4m3=e4m3)
 
 
-def product_case(op: str, what: str, sizes: Sizes, rows: int, columns: int, outputs: int, written: int) -> Case:
-    """A product with a weight [outputs, columns], which writes `written` bytes a row; parts count as their sum."""
+def product_case(
+    op: str, what: str, sizes: Sizes, rows: int, columns: int, outputs: int, written: int, *, e4m3: bool = False
+) -> Case:
+    """A product with a weight [outputs, columns], which writes `written` bytes a row; parts count as their sum.
+
+    Of e4m3, the weight has a scale a row.
+    """
 
     def arguments(place: Place) -> Arguments:
         given: Arguments = {"x": place.randn(1, rows, columns), "weight": place.randn(outputs, columns) / columns**0.5}
+        if e4m3:
+            given["weight"], given["weight_scale"] = quantize_rows(given["weight"])
         return given | ({"bias": None} | rotary(place, sizes, rows) if op == "rotary_linear" else {})
 
-    size = 2 * outputs * columns
+    size = outputs * (columns + 4) if e4m3 else 2 * outputs * columns
+    compiled = sizes is MODELS[0] and rows == MANY_ROWS and not e4m3
     return Case(
         op,
-        f"{sizes.name}, {what}, {rows} row{'s' * (rows > 1)}",
+        f"{sizes.name}, {what}, {'e4m3 weight, ' if e4m3 else ''}{rows} row{'s' * (rows > 1)}",
         size + rows * (2 * columns + written),
-        lambda place: problem(place, op, arguments, size, compiled=sizes is MODELS[0] and rows == MANY_ROWS),
+        lambda place: problem(place, op, arguments, size, compiled=compiled),
         flops=2 * rows * outputs * columns,
-        facts={"rows": rows},
+        facts={"rows": rows, "bits": 8 if e4m3 else 16},
     )
 
 
@@ -165,14 +180,13 @@ def rotary(place: Place, sizes: Sizes, rows: int) -> Arguments:
 def problem(place: Place, op: str, arguments: Callable[[Place], Arguments], size: int, *, compiled: bool) -> Problem:
     turns = place.turns(size)
     given = [arguments(place) for _ in range(turns)]
-    plainly = [once_a_forward(each) for each in given]
+    plainly = [once_a_forward(_read(each, torch.bfloat16)) for each in given]
 
     def check() -> None:
-        true = outcome(op, reference, {name: _in_double(name, value) for name, value in given[0].items()})
-        for ours, usual, exact in zip(
-            outcome(op, specvlm_kernels, given[0]), outcome(op, None, plainly[0]), true, strict=True
-        ):
-            require_close(op, ours, usual, exact)
+        exact = {name: _in_double(name, value) for name, value in _read(given[0], torch.float64).items()}
+        found = outcome(op, specvlm_kernels, given[0]), outcome(op, None, plainly[0]), outcome(op, reference, exact)
+        for ours, usual, true in zip(*found, strict=True):
+            require_close(op, ours, usual, true)
 
     def fast() -> Call:
         call: Any = place.compiled(PLAIN[op], dynamic=False)
@@ -195,6 +209,14 @@ def outcome(op: str, module: ModuleType | None, given: Arguments) -> list[torch.
         returned = returned.sum(0).to(given["x"].dtype)
     results = [returned] if isinstance(returned, torch.Tensor) else list(returned)
     return results + [given[name] for name in CACHES if name in given]
+
+
+def _read(given: Arguments, dtype: torch.dtype) -> Arguments:
+    """The arguments, an e4m3 weight as the numbers it stands for in `dtype`: a matrix library takes no such weight."""
+    if "weight_scale" not in given:
+        return given
+    weight = (given["weight"].to(dtype) * given["weight_scale"].to(dtype)[:, None]).contiguous()
+    return {name: value for name, value in given.items() if name != "weight_scale"} | {"weight": weight}
 
 
 def _in_double(name: str, value: Any) -> Any:

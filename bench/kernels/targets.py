@@ -199,14 +199,17 @@ TARGETS = (
         False,
         "µs",
     ),
-    Target(
-        "products of a layer and the head for 1 to 64 rows: share of the copy bandwidth",
-        lambda case: case.op in ("linear", "linear_parts", "gated_linear", "rotary_linear"),
-        bandwidth_share,
-        0.85,
-        True,
-        "of it",
-    ),
+    *[
+        Target(
+            f"products of a layer and the head for 1 to 64 rows{kind}: share of the copy bandwidth",
+            lambda case, bits=bits: case.facts.get("bits") == bits,
+            bandwidth_share,
+            0.85,
+            True,
+            "of it",
+        )
+        for bits, kind in ((16, ""), (8, ", e4m3 weights"))
+    ],
     Target(
         "pool, conv and prune of 2880 x 4096 and larger: share of the copy bandwidth",
         lambda case: _wide(case, "pool_tokens", "conv_tokens", "prune_tokens"),

@@ -52,6 +52,13 @@ def check_scale(name: str, scale: object, cache: torch.Tensor, batch: int, heads
         raise ValueError(f"{name}: expected finite numbers above 0, got {found.flatten().tolist()}")
 
 
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] as e4m3, each row over its scale, and the scales [N] fp32; a row's largest becomes 448."""
+    rows = weight.float()
+    scale = (rows.abs().amax(dim=1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
 def scale_stride(scale: torch.Tensor | None) -> int:
     """From one row of a batch to the next, in a contiguous scale; 0 where all rows share it."""
     return scale.shape[1] if scale is not None and scale.dim() == 2 else 0

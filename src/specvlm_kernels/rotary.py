@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._checks import FLOATS, KERNEL_FLOATS, check_forward_only, check_range, check_rows_contiguous, check_tensor
 from ._dispatch import on_device, takes_kernel
-from .decoder_linear import LinearConfig, check_product, cut, linear_config, pair_sums
+from .decoder_linear import LinearConfig, check_product, cut, linear_config, pair_sums, stored
 from .fp8 import FP8, as_bytes, check_scale, scale_stride, store_rows
 from .reference import rotary as reference
 
@@ -81,7 +81,7 @@ def _rotary_write_kv_kernel(
 
 @triton.jit(do_not_specialize=["rows", "tokens", "positions_held", "capacity"])
 def _rotary_linear_kernel(
-    x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, q,
+    x, weight, scale, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, q,
     rows, tokens, columns, positions_held, capacity, heads, kv_heads, stride_w,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     K_SCALE_STRIDE: tl.constexpr, V_SCALE_STRIDE: tl.constexpr,
@@ -94,7 +94,7 @@ def _rotary_linear_kernel(
     m_m, m_d = o_m < rows, o_d < HALF
     o_w = i_head * (2 * HALF) + o_d
     b_low, b_high = pair_sums(
-        x, weight, o_m, rows, o_w, o_w + HALF, m_d, 0, columns, columns, stride_w,
+        x, weight, scale, o_m, rows, o_w, o_w + HALF, m_d, 0, columns, columns, stride_w,
         EVEN_K, BLOCK_M, BLOCK_H, BLOCK_K, STAGES,
     )  # fmt: skip
     if BIAS:
@@ -131,8 +131,8 @@ def _rotary_linear_kernel(
             store_rows(p_v + HALF, b_high, v_scale, o_b, i_value, V_SCALE_STRIDE, m_slot)
 
 
-def _contiguous(scale: torch.Tensor | None) -> torch.Tensor | None:
-    return None if scale is None else scale.contiguous()
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _queries(x: torch.Tensor, width: int, k_cache: torch.Tensor) -> torch.Tensor:
@@ -183,6 +183,7 @@ def launch_rotary_linear(
     v_scale: torch.Tensor | None = None,
     *,
     config: LinearConfig,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs the kernel with an explicit cut; arguments as in `rotary_linear`, already checked."""
     (batch, tokens, columns), (_, kv_heads, capacity, head_dim) = x.shape, k_cache.shape
@@ -191,7 +192,7 @@ def launch_rotary_linear(
     if q.numel():
         chunks = triton.cdiv(head_dim // 2, config.block_h)
         _rotary_linear_kernel[(triton.cdiv(batch * tokens, config.block_m), (heads + 2 * kv_heads) * chunks)](
-            x.contiguous(), weight, None if bias is None else bias.contiguous(), cos.contiguous(), sin.contiguous(),
+            x.contiguous(), *stored(weight, scale), _contiguous(bias), cos.contiguous(), sin.contiguous(),
             positions.contiguous(), as_bytes(k_cache), as_bytes(v_cache), kv_len.contiguous(),
             _contiguous(k_scale), _contiguous(v_scale), q,
             batch * tokens, tokens, columns, cos.shape[0], capacity, heads, kv_heads, weight.stride(0),
@@ -242,10 +243,10 @@ def _rotary_linear(
     kv_len: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    return rotary_linear(
-        x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
-    )
+    scales = {"k_scale": k_scale, "v_scale": v_scale, "weight_scale": weight_scale}
+    return rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, **scales)
 
 
 @_rotary_linear.register_fake
@@ -326,14 +327,17 @@ def rotary_linear(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Makes queries, keys and values of few rows, rotates queries and keys, and writes keys and values into a cache.
 
     Args:
         x: [B, T, K]; fp32, fp16 or bf16 (on CPU fp64 too), any strides.
-        weight: [(Hq + 2 Hkv) * D, K], rows of query heads, of key heads, of value heads, with a contiguous last axis.
+        weight: [(Hq + 2 Hkv) * D, K], rows of query heads, of key heads, of value heads, dtype of x or float8_e4m3fn,
+            with a contiguous last axis.
         bias: [(Hq + 2 Hkv) * D], dtype of x, or None.
         cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale: as in `rotary_write_kv`.
+        weight_scale: as in `linear`, [(Hq + 2 Hkv) * D].
 
     Rows that would land past slot S - 1 are dropped.
 
@@ -343,21 +347,18 @@ def rotary_linear(
     Raises:
         ValueError: as in `linear` and `rotary_write_kv`.
     """
-    kernel = check_product(x, weight, bias)
+    kernel = check_product(x, weight, bias, weight_scale)
     _check_rotary_cache(
         ("x", "weight"), x, weight.shape[0], cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale
     )
+    given = x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len
     if torch.compiler.is_compiling():
-        return _rotary_linear(x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale)
+        return _rotary_linear(*given, k_scale, v_scale, weight_scale)
     if not kernel:
-        return reference.rotary_linear(
-            x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale
-        )
-    config = linear_config(weight.shape[0] // 2, x.dtype)
+        return reference.rotary_linear(*given, k_scale=k_scale, v_scale=v_scale, weight_scale=weight_scale)
+    config = linear_config(weight.shape[0] // 2, x.dtype, weight.dtype)
     with on_device(x):
-        return launch_rotary_linear(
-            x, weight, bias, cos, sin, positions, k_cache, v_cache, kv_len, k_scale, v_scale, config=config
-        )
+        return launch_rotary_linear(*given, k_scale, v_scale, config=config, scale=weight_scale)
 
 
 def _check_rotary_cache(

@@ -57,6 +57,7 @@ SMALL = [
     cache.compact_case(TINY, 2),
     cache.write_case(TINY, 5),
     *layers.product_cases(TINY_SIZES, 5),
+    *layers.product_cases(TINY_SIZES, 5, e4m3=True),
     *layers.between_cases(TINY_SIZES, 5),
     growth.beam_case(3),
     growth.tree_case(3, 3, 9),
@@ -187,6 +188,11 @@ def test_close_is_in_the_worst_number_and_in_all_together(out, message):
         # 20 tokens of 256 become 6; windows of 3 by 2 see all 5 rows and 3 of 4 columns, and are 2 by 1.
         # A weight, 5 rows of x and of what comes of them: in fp32 where they are parts.
         (layers.product_case("linear", "", TINY_SIZES, 5, 64, 70, 140), 2 * 64 * 70 + 5 * (128 + 140), 2 * 5 * 64 * 70),
+        (
+            layers.product_case("linear", "", TINY_SIZES, 5, 64, 70, 140, e4m3=True),
+            64 * 70 + 4 * 70 + 5 * (128 + 140),
+            2 * 5 * 64 * 70,
+        ),
         (list(layers.product_cases(TINY_SIZES, 5))[1], 2 * 64 * 64 + 5 * (2 + 4) * 64, 2 * 5 * 64 * 64),
         # A token, a parent, a score and a depth each; of a tree 20 bytes a node.
         (growth.tree_case(3, 3, 9), 21 * 24 + 9 * 20, 0),

@@ -82,6 +82,16 @@ def test_draft_logits_with_a_shared_tower(specvlm, images, monkeypatch):
     check_logits(specvlm, model, prompt_for(specvlm.target.model, images), monkeypatch, rounds=2)
 
 
+def test_a_model_that_the_own_decoder_does_not_serve_drafts_through_hugging_face(specvlm, monkeypatch):
+    """One whose attention's output has a bias, too; growth over transformers' code is not recorded."""
+    for changes in (MHA, MHA | {"attention_bias": True}):
+        draft = VLMDraft(small("llama", changes))
+        assert draft.recording is None, "it is bound to none"
+        draft.bind(specvlm.target)
+        assert (draft.recording is None) == ("attention_bias" in changes)
+    check_logits(specvlm, draft.model, prompt_for(specvlm.target.model), monkeypatch, rounds=2)
+
+
 @torch.no_grad()
 def check_logits(
     specvlm: SpecVLM,

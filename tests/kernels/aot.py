@@ -233,29 +233,40 @@ def between_cases(model: Shape) -> Iterator[Case]:
     yield Case(f"gated_silu {model.name}", lambda: launch_gated_silu(meta(1, NODES, 2 * model.inner)))
 
 
-def linear_cases(model: Shape, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> Iterator[Case]:
-    """A layer's products and the head's, with the cut that the ops choose."""
+def linear_cases(
+    model: Shape, dtype: torch.dtype = torch.bfloat16, bias: bool = False, weight_dtype: torch.dtype | None = None
+) -> Iterator[Case]:
+    """A layer's products and the head's, with the cut that the ops choose; no `weight_dtype`: the dtype."""
+    held = weight_dtype or dtype
     columns = (model.heads + 2 * model.kv_heads) * model.head_dim
     slab = meta(model.layers, 2, 1, model.kv_heads, CAPACITY, model.head_dim, dtype=dtype)
     table = meta(4096, model.head_dim // 2, dtype=torch.float32)
     kv_len, positions = meta(1, dtype=torch.int32), meta(1, NODES, dtype=torch.int32)
     x, inner = meta(1, NODES, model.width, dtype=dtype), meta(1, NODES, model.inner, dtype=dtype)
-    cut = linear_config(columns // 2, dtype)
-    qkv, qkv_bias = meta(columns, model.width, dtype=dtype), meta(columns, dtype=dtype) if bias else None
-    yield Case(
-        f"rotary_linear {model.name}",
-        lambda: launch_rotary_linear(
-            x, qkv, qkv_bias, table, table, positions, slab[0, 0], slab[0, 1], kv_len, config=cut
-        ),
-    )
-    down, down_cut = meta(model.width, model.inner, dtype=dtype), parts_config(dtype)
-    parts = parts_of(*down.shape, down_cut)
-    yield Case(f"linear_parts {model.name}", lambda: launch_linear(inner, down, None, down_cut, parts))
-    gate_up, gate_cut = meta(2 * model.inner, model.width, dtype=dtype), linear_config(model.inner, dtype)
-    yield Case(f"gated_linear {model.name}", lambda: launch_gated_linear(x, gate_up, gate_cut))
-    head, head_cut = meta(model.vocab, model.width, dtype=dtype), linear_config(model.vocab // 2, dtype)
-    head_bias = meta(model.vocab, dtype=dtype) if bias else None
-    yield Case(f"linear {model.name}", lambda: launch_linear(x, head, head_bias, head_cut, None))
+
+    def scale(rows: int) -> torch.Tensor | None:
+        return None if weight_dtype is None else meta(rows, dtype=torch.float32)
+
+    def rotary() -> None:
+        cut = linear_config(columns // 2, dtype, held)
+        qkv, qkv_bias = meta(columns, model.width, dtype=held), meta(columns, dtype=dtype) if bias else None
+        cache = slab[0, 0], slab[0, 1], kv_len
+        launch_rotary_linear(x, qkv, qkv_bias, table, table, positions, *cache, config=cut, scale=scale(columns))
+
+    def parts() -> None:
+        down, cut = meta(model.width, model.inner, dtype=held), parts_config(dtype, held)
+        launch_linear(inner, down, None, cut, parts_of(*down.shape, cut), scale(model.width))
+
+    def gated() -> None:
+        gate_up, cut = meta(2 * model.inner, model.width, dtype=held), linear_config(model.inner, dtype, held)
+        launch_gated_linear(x, gate_up, cut, scale(2 * model.inner))
+
+    def head() -> None:
+        weight, cut = meta(model.vocab, model.width, dtype=held), linear_config(model.vocab // 2, dtype, held)
+        launch_linear(x, weight, meta(model.vocab, dtype=dtype) if bias else None, cut, None, scale(model.vocab))
+
+    for name, launch in (("rotary_linear", rotary), ("linear_parts", parts), ("gated_linear", gated), ("linear", head)):
+        yield Case(f"{name} {model.name}", launch)
 
 
 def draw_cases(model: Shape) -> Iterator[Case]:
@@ -382,6 +393,12 @@ def other_cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.float16):
         for case in linear_cases(model, dtype, bias=True):
             yield replace(case, name=f"{case.name}, {str(dtype).removeprefix('torch.')}, biased", quick=False)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for case in linear_cases(model, dtype, bias=True, weight_dtype=torch.float8_e4m3fn):
+            yield Case(f"{case.name}, {name}, biased, e4m3 weight", case.launch, quick=False)
+    for case in linear_cases(MODELS[2], weight_dtype=torch.float8_e4m3fn):
+        yield Case(f"{case.name}, e4m3 weight", case.launch, quick=case.name.startswith("linear_parts"))
     yield replace(resample_case("resample_tokens and backward, fp32", model, 576, torch.float32), quick=False)
     keys, tokens = meta(1, 128, 32, dtype=torch.int64), meta(1, 128, dtype=torch.int64)
     parents = meta(1, 128, dtype=torch.int32)

@@ -6,20 +6,22 @@ The head reads pairs of the target's post-final-norm feature at position i and t
 Sources: EAGLE-2 (Li et al., 2024); the optional input layer norm is SpecVLM's; the cut vocabulary is FR-Spec's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from specvlm.drafts.heads import sizes_like
-from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
+from specvlm.drafts.pairs import Output, PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
+from specvlm.targets.llama_layers import LlamaLayer, Weight, layer_of, product
 from specvlm.vocabulary import check_ids, check_vocabulary
+from specvlm_kernels import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,39 @@ class EagleHead(PairHead):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EagleDecoder:
+    """See `PairDecoder`.
+
+    Attributes:
+        fc: [H, 2 * H], and its bias [H], or None.
+        norm: [H] what enters the layer's attention through it; None: nothing is normed.
+        layer: the layer.
+        tables: cosines and sines of every position.
+    """
+
+    fc: Weight
+    bias: Tensor | None
+    norm: Tensor | None
+    layer: LlamaLayer
+    tables: tuple[Tensor, Tensor]
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        joined = product(torch.cat([pairs.embeds, pairs.hidden], dim=-1), self.fc, self.bias)
+        if pairs.direct is not None:
+            joined = torch.where(pairs.direct[..., None], pairs.embeds, joined)
+        entering = joined if self.norm is None else add_rms_norm(joined, None, self.norm, eps=self.layer.eps)[0]
+        keys, values = slab[0]
+        more, stream = self.layer(entering, joined, keys, values, (*self.tables, pairs.positions), step)
+        return self.layer.added(more, stream)
+
+    def weights(self) -> tuple[Weight, ...]:
+        return self.fc, *self.layer.weights()
+
+    def quantized(self) -> "EagleDecoder":
+        return replace(self, fc=self.fc.quantized(), layer=self.layer.quantized())
+
+
 class EagleDraft(PairDraft):
     """An EAGLE head as a draft; see `PairDraft` for its arguments.
 
@@ -88,7 +123,6 @@ class EagleDraft(PairDraft):
     head_class = EagleHead
 
     head: EagleHead
-    _reduced: tuple[Tensor, Tensor | None] | None = None
 
     def with_vocabulary(self, ids: Sequence[int]) -> "EagleDraft":
         """A draft of the same weights, copied, that proposes `ids` alone; verification keeps the whole vocabulary.
@@ -105,25 +139,38 @@ class EagleDraft(PairDraft):
         check_ids("eagle vocabulary", ids)
         head = EagleHead(replace(self.head.config, draft_vocab_size=len(ids)))
         head.load_state_dict(self.head.state_dict() | {"vocabulary": torch.tensor(ids)})
-        return EagleDraft(head, self.policy, self.shared_noise)
+        made = EagleDraft(head, self.policy, self.shared_noise)
+        made.e4m3 = self.e4m3
+        return made
 
     def check_fit(self, spec: TargetSpec) -> None:
         if self.head.config.draft_vocab_size is not None:
             check_vocabulary("eagle vocabulary", self.head.vocabulary.tolist(), spec)
 
-    def fit(self, target: Target) -> None:
+    def output_rows(self, target: Target) -> Output | None:
         if self.head.config.draft_vocab_size is not None:
-            rows, bias = target.head_rows(self.head.vocabulary)
-            self._reduced = rows.detach(), None if bias is None else bias.detach()
+            ids = self.head.vocabulary
+        elif self.e4m3:
+            ids = torch.arange(target.spec.vocab_size, device=target.spec.device)
+        else:
+            return None
+        rows, bias = target.head_rows(ids)
+        return Weight(rows.detach()), None if bias is None else bias.detach()
 
-    def held(self) -> Iterator[Tensor]:
-        yield from super().held()
-        if self._reduced is not None:
-            yield from (tensor for tensor in self._reduced if tensor is not None)
+    def fused(self) -> EagleDecoder:
+        layer: Any = self.head.layers[0]
+        norm, bias = layer.input_layernorm, self.head.fc.bias
+        return EagleDecoder(
+            fc=Weight(self.head.fc.weight.detach()),
+            bias=None if bias is None else bias.detach(),
+            norm=None if isinstance(norm, nn.Identity) else norm.weight.detach(),
+            layer=layer_of(layer),
+            tables=self._tables,
+        )
 
     @property
     def vocabulary(self) -> Tensor | None:
-        return None if self._reduced is None else self.head.vocabulary
+        return None if self.head.config.draft_vocab_size is None else self.head.vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.target.head(hidden) if self._reduced is None else F.linear(hidden, *self._reduced)
+        return self.target.head(hidden) if self._output is None else product(hidden, *self._output)

@@ -21,10 +21,12 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from specvlm.drafts.heads import checked_taps, sizes_like
-from specvlm.drafts.pairs import PairConfig, PairDraft, PairHead, Pairs
+from specvlm.drafts.pairs import Output, PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
+from specvlm.targets.llama_layers import LlamaLayer, Weight, is_few, layer_of, product
 from specvlm.vocabulary import check_ids, check_vocabulary
+from specvlm_kernels import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ class Eagle3Head(PairHead):
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, T, H] from the taps' features, concatenated."""
-        return self.fc(features)
+        return product(features, Weight(self.fc.weight))
 
     def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
@@ -126,6 +128,37 @@ class _Midlayer(nn.Module):
         pairs = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
         hidden = hidden + self.self_attn(pairs, **attention)[0]
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Decoder:
+    """See `PairDecoder`. Its products are the layer's: `fuse` is one of a round, not of a level, and stays as it is.
+
+    Attributes:
+        norms: [H] each, of embeddings and of hidden states.
+        layer: the layer, whose attention reads both side by side.
+        tables: cosines and sines of every position.
+    """
+
+    norms: tuple[Tensor, Tensor]
+    layer: LlamaLayer
+    tables: tuple[Tensor, Tensor]
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        hidden = pairs.hidden
+        if pairs.direct is not None:
+            hidden = torch.where(pairs.direct[..., None], pairs.embeds, hidden)
+        both = zip((pairs.embeds, hidden), self.norms, strict=True)
+        entering = torch.cat([add_rms_norm(x, None, norm, eps=self.layer.eps)[0] for x, norm in both], dim=-1)
+        keys, values = slab[0]
+        more, stream = self.layer(entering, hidden, keys, values, (*self.tables, pairs.positions), step)
+        return self.layer.added(more, stream)
+
+    def weights(self) -> tuple[Weight, ...]:
+        return self.layer.weights()
+
+    def quantized(self) -> "Eagle3Decoder":
+        return replace(self, layer=self.layer.quantized())
 
 
 class Eagle3Draft(PairDraft):
@@ -172,7 +205,9 @@ class Eagle3Draft(PairDraft):
         cut = {"lm_head.weight": weights["lm_head.weight"][rows], "d2t": head.d2t}
         head.load_state_dict(weights | cut)
         head.set_vocabulary(torch.tensor([tokens[row] for row in rows]))
-        return Eagle3Draft(head, self.policy, self.shared_noise)
+        made = Eagle3Draft(head, self.policy, self.shared_noise)
+        made.e4m3 = self.e4m3
+        return made
 
     def check_fit(self, spec: TargetSpec) -> None:
         by_d2t, by_t2d = self.head.vocabulary.tolist(), self.head.t2d.nonzero()[:, 0].tolist()
@@ -187,11 +222,23 @@ class Eagle3Draft(PairDraft):
             check_vocabulary("eagle3 d2t", by_d2t, spec)
 
     def fit(self, target: Target) -> None:
+        super().fit(target)
         self._vocabulary = self.head.vocabulary
+
+    def output_rows(self, target: Target) -> Output | None:
+        return (Weight(self.head.lm_head.weight.detach()), None) if self.e4m3 else None
+
+    def fused(self) -> Eagle3Decoder:
+        layer = self.head.midlayer
+        norms = layer.input_layernorm.weight.detach(), layer.hidden_norm.weight.detach()
+        return Eagle3Decoder(norms, layer_of(layer), self._tables)
 
     @property
     def vocabulary(self) -> Tensor:
         return self._vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head.lm_head(self.head.norm(hidden))
+        norm, output = self.head.norm, self._output or (Weight(self.head.lm_head.weight), None)
+        few = is_few(hidden) and not torch.is_grad_enabled()
+        normed = add_rms_norm(hidden, None, norm.weight, eps=norm.variance_epsilon)[0] if few else norm(hidden)
+        return product(normed, *output)

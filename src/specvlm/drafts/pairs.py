@@ -10,7 +10,7 @@ Source: EAGLE (Li et al., 2024).
 import copy
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from specvlm.compressors import Compressor, CompressorConfig, compressor_config
 from specvlm.drafts.growing import TreeGrower, draft_slab, rows_of
 from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
-from specvlm.targets.base import Prompt
+from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf_attention import AttentionStep
+from specvlm.targets.llama_layers import Weight, rotary_tables
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 
@@ -63,7 +64,7 @@ class Pairs:
 
     Attributes:
         embeds, hidden: [B, P, H]; `hidden` are fused features of the target, or outputs of the head.
-        positions: [B, P] rotary positions: those of the features.
+        positions: [B, P] int32 rotary positions: those of the features.
         direct: [B, P] bool rows whose embedding enters the layer as it is; None: there is none.
     """
 
@@ -111,11 +112,31 @@ class PairHead(Head):
         """The head's output [B, P, H], which is a pair's `hidden` one level on.
 
         Args:
-            slab: [1, 2, B, Hkv, S, D], to which the pairs' KV is written; in training a cache that grows, or None:
+            slab: a cache, to which the pairs' KV is added: [1, 2, B, Hkv, S, D], or one that grows, in training; None:
                 nothing is kept.
             step: where the pairs go in it, and what they see.
         """
         raise NotImplementedError
+
+
+#: Rows of an output head, and their bias [r], or None.
+Output = tuple[Weight, Tensor | None]
+
+
+class PairDecoder(Protocol):
+    """A head's forward without gradients, by the kernels of the target's own decoder."""
+
+    def __call__(self, pairs: Pairs, slab: Tensor, step: AttentionStep) -> Tensor:
+        """See `PairHead.forward`."""
+        ...
+
+    def weights(self) -> tuple[Weight, ...]:
+        """What its products read."""
+        ...
+
+    def quantized(self) -> Self:
+        """The same forward, whose products read e4m3 with a scale a row."""
+        ...
 
 
 class PairDraft(HeadDraft):
@@ -131,6 +152,50 @@ class PairDraft(HeadDraft):
     head_class: ClassVar[type[PairHead]]
 
     head: PairHead
+    #: Its forwards read weights of 8 bits.
+    e4m3: bool = False
+
+    #: Cosines and sines of every position of the target's context.
+    _tables: tuple[Tensor, Tensor]
+    #: What forwards and logits read instead of the head's weights.
+    _small: PairDecoder | None = None
+    _output: Output | None = None
+
+    def quantized(self) -> Self:
+        """A draft of the same head, shared, which reads its weights and the output head's as e4m3 with a scale a row.
+
+        That halves the bytes of a level, on a GPU; a CPU has no such products and takes longer. The draft may guess a
+        little worse; verification, and so the answer, stays as it is. What is read are copies, which lie beside the
+        weights, of what these are when a target is bound: after more training, ask for it again.
+        """
+        made = copy.copy(self)
+        made.e4m3, made._fitted = True, None
+        return made
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return super().sizes | ({"e4m3": True} if self.e4m3 else {})
+
+    def fit(self, target: Target) -> None:
+        self._tables = rotary_tables(self.head.rotary, target.spec.context, self.head.config.head_dim)
+        self._small = self.fused().quantized() if self.e4m3 else None
+        self._output = self.output_rows(target)
+        if self._output is not None and self.e4m3:
+            rows, bias = self._output
+            self._output = rows.quantized(), bias
+
+    def output_rows(self, target: Target) -> Output | None:
+        """Rows [r, H] of the output head for what it can propose, where the draft holds them itself; None: it does
+        not."""
+        raise NotImplementedError
+
+    def decoder(self) -> PairDecoder:
+        """The head's forward without gradients, with its weights as they lie now."""
+        return self.fused() if self._small is None else self._small
+
+    def fused(self) -> PairDecoder:
+        """The forward over the head's own weights, which become views of fused ones."""
+        raise NotImplementedError
 
     def start(self, prompt: Prompt, state: DecodeState) -> "PairSession":
         """A session that has read the prompt."""
@@ -138,6 +203,13 @@ class PairDraft(HeadDraft):
 
     def held(self) -> Iterator[Tensor]:
         yield from super().held()
+        yield from self._tables
+        output, bias = self._output or (None, None)
+        weights = () if self._small is None else self._small.weights()
+        for weight in (*weights, *(() if output is None else (output,))):
+            yield from (tensor for tensor in (weight.values, weight.scale) if tensor is not None)
+        if bias is not None:
+            yield bias
         if self.vocabulary is not None:
             yield self.vocabulary
 
@@ -156,6 +228,7 @@ class PairSession:
 
     def __init__(self, draft: PairDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft, self._target = draft, draft.target
+        self._decoder = draft.decoder()
         config = draft.head.config
         self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise, draft.vocabulary)
         self._context = draft.target.spec.context
@@ -166,7 +239,7 @@ class PairSession:
         self.reads: tuple[Tensor, ...] = (self._left_out,) if self._guide is None else (self._left_out, self._guide)
         self.recording: Hashable = draft.recording
         if pairs.positions.shape[1]:
-            draft.head(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
+            self._decoder(pairs, self._slab, AttentionStep(torch.zeros_like(self._left_out), None))
 
     def propose(self, state: DecodeState) -> DraftTree:
         """A tree by the draft's policy, on top of what was emitted."""
@@ -177,7 +250,7 @@ class PairSession:
         before = first - 1  # a pair stands at its feature's position
         count = step.tokens.shape[1]
         chain = chain_ancestors(count, before.device).expand(before.shape[0], -1, -1)
-        positions = before[:, None] + torch.arange(count, device=before.device)
+        positions = before[:, None] + torch.arange(count, dtype=torch.int32, device=before.device)
         features = self._draft.head.fuse(step.features)
         hidden = self._forward(step.tokens, features, positions, AttentionStep(before - self._left_out, chain))
         return rows_of(hidden, step.count[:, None].long() - 1)
@@ -196,4 +269,4 @@ class PairSession:
     def _forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         hidden = self._draft.head.compressor.guided(hidden, self._guide)
         pairs = Pairs(self._target.embed(tokens), hidden, positions.clamp(max=self._context - 1))
-        return self._draft.head(pairs, self._slab, step)
+        return self._decoder(pairs, self._slab, step)

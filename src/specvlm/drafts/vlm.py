@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
@@ -33,6 +33,8 @@ from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf import FAMILIES, picture_tensors
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
 from specvlm.targets.hf_loading import load_whole, reading
+from specvlm.targets.llama import LlamaDecoder, why_not
+from specvlm.targets.llama_layers import Weight, product
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 TEXT_FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -90,6 +92,7 @@ class VLMDraft:
         self.tokenizer = tokenizer
         self.shares_tower = False
         self._language = model.model.language_model if self.sees else model.model
+        self._decoder: LlamaDecoder | None = None
         self._compared: PreTrainedModel | None = None
         self._place: tuple[torch.device, torch.dtype] | None = None
         try:
@@ -133,6 +136,7 @@ class VLMDraft:
             if self.sees:
                 _check_pictures(self.model, target.model)
             self._move(*place)
+            self._decoder = _decoder(self._language)
             self.shares_tower = self.sees and _same_tower(self.model, target.model)
             self._compared = target.model
         self.target = target
@@ -145,6 +149,15 @@ class VLMDraft:
         names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         text = self._text
         return {name: getattr(text, name) for name in (*names, "num_key_value_heads", "vocab_size")}
+
+    @property
+    def recording(self) -> Hashable:
+        """What a recording of its forwards depends on; None: transformers' modeling code may look at the host."""
+        if self._decoder is None or type(self.model.lm_head) is not nn.Linear:
+            return None
+        held = (*self.model.parameters(), *self._decoder.tables, self.exclude)
+        vocabulary = None if self.vocabulary is None else self.vocabulary.data_ptr()
+        return "vlm", repr(self.sizes), vocabulary, *(tensor.data_ptr() for tensor in held)
 
     def start(self, prompt: Prompt, state: DecodeState) -> "VLMSession":
         """A session that has read the prompt.
@@ -161,17 +174,20 @@ class VLMDraft:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., r] of `forward`'s outputs, over what it can propose."""
-        return self.model.lm_head(hidden)
+        lm_head = self.model.lm_head
+        return product(hidden, Weight(lm_head.weight), lm_head.bias) if type(lm_head) is nn.Linear else lm_head(hidden)
 
     def forward(self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep) -> Tensor:
         """Post-final-norm hidden states [B, T, H] for embeddings [B, T, H].
 
         Args:
-            positions: [B, T]; those past the model's context are taken for its last.
+            positions: [B, T] int32; those past the model's context are taken for its last.
             slab: [L, 2, B, Hkv, S, D], to which the tokens' KV is written; None: nothing is kept, as in training.
             step: where the tokens go in it, and what they see.
         """
         clamped = positions.clamp(max=self._text.max_position_embeddings - 1)
+        if self._decoder is not None and slab is not None and not torch.is_grad_enabled():
+            return self._decoder(embeds, clamped, slab, step, None)[0]
         return run_language(self._language, embeds, clamped, slab, step).last_hidden_state
 
     def read(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -225,17 +241,17 @@ class VLMDraft:
 class VLMSession:
     """A small model at work on one answer: its KV of what was said, on which each round's tree grows and falls."""
 
-    recording: Hashable = None  # transformers' modeling code, which may look at the host
-    reads: tuple[Tensor, ...] = ()
-
     def __init__(self, draft: VLMDraft, prompt: Prompt, state: DecodeState) -> None:
         self._draft = draft
         self._trees = TreeGrower(draft.policy, draft.exclude, draft.shared_noise, draft.vocabulary)
-        embeds, self._left_out = draft.read(prompt)
+        embeds, left_out = draft.read(prompt)
+        self.recording: Hashable = draft.recording
+        self.reads: tuple[Tensor, ...] = state.desk.keep("rows left out", left_out)
+        (self._left_out,) = self.reads
         batch, length, _ = embeds.shape
         self._slab = draft.slab(state)
         if length:
-            positions = torch.arange(length, device=embeds.device).expand(batch, -1)
+            positions = torch.arange(length, dtype=torch.int32, device=embeds.device).expand(batch, -1)
             empty = torch.zeros_like(self._left_out)
             draft.forward(embeds, positions, self._slab, AttentionStep(empty, None))
 
@@ -247,7 +263,7 @@ class VLMSession:
         """Adds emitted tokens to the lasting KV; the output [B, 1, H] at the last of them."""
         before = first - self._left_out
         count = step.tokens.shape[1]
-        positions = before[:, None] + torch.arange(count, device=before.device)
+        positions = before[:, None] + torch.arange(count, dtype=torch.int32, device=before.device)
         chain = chain_ancestors(count, before.device).expand(before.shape[0], -1, -1)
         embeds = self._draft.embed(step.tokens)
         hidden = self._draft.forward(embeds, positions, self._slab, AttentionStep(before, chain))
@@ -263,6 +279,16 @@ class VLMSession:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, R, r] over what the draft can propose."""
         return self._draft.logits(hidden)
+
+
+def _decoder(language: PreTrainedModel) -> LlamaDecoder | None:
+    """The own decoder for a language model; None: that does not serve it."""
+    if why_not(language):
+        return None
+    try:
+        return LlamaDecoder(language)
+    except ValueError:  # rotations that are no table's
+        return None
 
 
 def _tokenizer(folder: Path) -> Any | None:

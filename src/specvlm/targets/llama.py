@@ -1,17 +1,14 @@
 """A target whose language model runs through an own decoder, for Llama and what is made like it.
 
-Weights stay Hugging Face's, and its modules go on working: q, k and v become one tensor, gate and up another, and the
-modules' parameters become views of its rows. Between the products stand the kernels of `specvlm_kernels`, keys and
-values go straight into the slab, and rotary tables come from the model's own rotary module. Vision tower, prompt,
-embedding and head are `HFTarget`'s.
+Weights stay Hugging Face's, and its modules go on working (`llama_layers`). Between the products stand the kernels of
+`specvlm_kernels`, keys and values go straight into the slab, and rotary tables come from the model's own rotary module.
+Vision tower, prompt, embedding and head are `HFTarget`'s.
 """
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
@@ -22,18 +19,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from specvlm.graphs import PLAIN_DESK, CudaRecorder, Desk, Recorder, RecordingDesk
 from specvlm.state import capacity
 from specvlm.targets.hf import HFTarget
-from specvlm.targets.hf_attention import AttentionStep, attend, head_size
-from specvlm_kernels import (
-    add_rms_norm,
-    gated_linear,
-    gated_silu,
-    linear,
-    linear_parts,
-    pack_ancestors,
-    rotary_linear,
-    rotary_write_kv,
-)
-from specvlm_kernels.decoder_linear import FEW_ROWS
+from specvlm.targets.hf_attention import AttentionStep, head_size
+from specvlm.targets.llama_layers import is_few, layer_of, rotary_tables
+from specvlm_kernels import add_rms_norm, linear, pack_ancestors
 
 #: The layers whose mathematics the own decoder is; a subclass may be anything.
 LAYERS: Final = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
@@ -49,33 +37,15 @@ _PROMPT: Final = 8
 _PARENTS: Final = (-1, 0, 0, 1, 2, 2, 5)
 
 
-@dataclass(frozen=True, slots=True)
-class LlamaLayer:
-    """One layer's weights.
-
-    Attributes:
-        attention_norm, mlp_norm: [H].
-        qkv: [(Hq + 2 Hkv) * D, H], and its bias, or None.
-        out: [H, Hq * D].
-        gate_up: [2 * I, H].
-        down: [H, I].
-    """
-
-    attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
 class LlamaDecoder:
     """The layers and the last norm of a language model.
 
     Args:
         language: Hugging Face's, which `why_not` found nothing against. Its parameters become views of fused tensors;
             a parameter that is replaced later, not written to, is not followed.
+
+    Attributes:
+        tables: cosines and sines [context, D / 2] of its rotations.
 
     Raises:
         ValueError: its rotations are not a table's.
@@ -84,9 +54,9 @@ class LlamaDecoder:
     def __init__(self, language: PreTrainedModel) -> None:
         text: Any = language.config
         self._eps = float(text.rms_norm_eps)
-        self._scale = float(language.layers[0].self_attn.scaling)
-        self._cos, self._sin = rotary_tables(language)
-        self._layers = [_layer_of(layer) for layer in language.layers]
+        self.tables = rotary_tables(language.rotary_emb, text.max_position_embeddings, head_size(text))
+        self._layers = [layer_of(layer) for layer in language.layers]
+        self._entering = [layer.input_layernorm.weight.detach() for layer in language.layers]
         self._norm = language.norm.weight.detach()
 
     def __call__(
@@ -101,25 +71,14 @@ class LlamaDecoder:
             step: where the rows go in it, and what they see.
             taps: layers whose inputs are the features; None: the states.
         """
-        first_slot = step.kv_len if step.first_slot is None else step.first_slot
         tapped: dict[int, Tensor] = {}
-        few = embeds.shape[0] * embeds.shape[1] <= FEW_ROWS
+        rotation = (*self.tables, positions)
         x, stream = embeds, None
-        for index, (layer, (keys, values)) in enumerate(zip(self._layers, slab.unbind(), strict=True)):
-            normed, stream = add_rms_norm(x, stream, layer.attention_norm, eps=self._eps)
+        layers = zip(self._entering, self._layers, slab.unbind(), strict=True)
+        for index, (norm, layer, (keys, values)) in enumerate(layers):
+            normed, stream = add_rms_norm(x, stream, norm, eps=self._eps)
             tapped[index] = stream
-            rotation = self._cos, self._sin, positions, keys, values, first_slot
-            if few:
-                q = rotary_linear(normed, layer.qkv, layer.qkv_bias, *rotation)
-                x = linear_parts(attend(q, keys, values, step, self._scale).flatten(2), layer.out)
-            else:
-                q = rotary_write_kv(F.linear(normed, layer.qkv, layer.qkv_bias), *rotation)
-                x = F.linear(attend(q, keys, values, step, self._scale).flatten(2), layer.out)
-            normed, stream = add_rms_norm(x, stream, layer.mlp_norm, eps=self._eps)
-            if few:
-                x = linear_parts(gated_linear(normed, layer.gate_up), layer.down)
-            else:
-                x = F.linear(gated_silu(F.linear(normed, layer.gate_up)), layer.down)
+            x, stream = layer(normed, stream, keys, values, rotation, step)
         hidden, _ = add_rms_norm(x, stream, self._norm, eps=self._eps)
         return hidden, hidden if taps is None else torch.cat([tapped[tap] for tap in taps], dim=-1)
 
@@ -159,8 +118,7 @@ class LlamaTarget(HFTarget):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of post-final-norm hidden states [..., H]; of few rows, by a row's own arithmetic."""
         lm_head = self.model.lm_head
-        few = hidden.dim() == 3 and hidden.shape[0] * hidden.shape[1] <= FEW_ROWS
-        if torch.is_grad_enabled() or not few or type(lm_head) is not nn.Linear:
+        if torch.is_grad_enabled() or not is_few(hidden) or type(lm_head) is not nn.Linear:
             return super().head(hidden)
         return linear(hidden, lm_head.weight, lm_head.bias)
 
@@ -248,59 +206,3 @@ def why_not(language: PreTrainedModel) -> str | None:
         if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks) or "forward" in vars(module):
             return f"hooks: expected none, got one on {name or 'the language model'}"
     return None
-
-
-@torch.no_grad()
-def rotary_tables(language: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [context, D / 2] in fp32 of a language model's rotary module, a row a position.
-
-    Raises:
-        ValueError: the module does not turn a head's two halves by the same angles.
-    """
-    text: Any = language.config
-    weight = language.norm.weight
-    positions = torch.arange(text.max_position_embeddings, device=weight.device)[None]
-    tables = language.rotary_emb(weight.new_empty(0, dtype=torch.float32), positions)
-    half = head_size(text) // 2
-    for table in tables:
-        if table.shape[-1] != 2 * half or not torch.equal(table[..., :half], table[..., half:]):
-            raise ValueError(
-                f"own decoder: expected rotations of a head's {2 * half} elements in two halves of equal angles, got a "
-                f"table {list(table.shape)}"
-            )
-    cos, sin = (table[0, :, :half].contiguous() for table in tables)
-    return cos, sin
-
-
-def _layer_of(layer: Any) -> LlamaLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [one.bias for one in projections]
-    return LlamaLayer(
-        attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=fused([one.weight for one in projections]),
-        qkv_bias=None if biases[0] is None else fused(biases),
-        out=attention.o_proj.weight.detach(),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=fused([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
-    )
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def fused(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor with the rows of all parameters, which become views of it; if they are already, that tensor."""
-    first, sizes = parameters[0].detach(), [len(parameter) for parameter in parameters]
-    places = [parameter.data_ptr() - first.data_ptr() for parameter in parameters]
-    row = first[0].nbytes
-    if (
-        all(parameter.is_contiguous() for parameter in parameters)
-        and len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == 1
-        and places == [row * sum(sizes[:i]) for i in range(len(sizes))]
-    ):
-        return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
-    whole = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, view in zip(parameters, whole.split(sizes), strict=True):
-        parameter.data = view
-    return whole

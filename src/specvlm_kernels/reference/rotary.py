@@ -1,8 +1,8 @@
 """Rotation and what it is written into, in plain torch: what the kernels are tested against, and what serves on CPU."""
 
 import torch
-import torch.nn.functional as F
 
+from .decoder_linear import linear
 from .kv_cache import write_kv
 
 
@@ -44,7 +44,8 @@ def rotary_linear(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch twin of `specvlm_kernels.rotary_linear`."""
-    qkv = F.linear(x, weight, bias)
+    qkv = linear(x, weight, bias, weight_scale=weight_scale)
     return rotary_write_kv(qkv, cos, sin, positions, k_cache, v_cache, kv_len, k_scale=k_scale, v_scale=v_scale)
