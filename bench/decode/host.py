@@ -1,0 +1,125 @@
+"""What the host does in a round, read from a profile: its time, and how often it waits for the device."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.decode.figures import Figure, Kind, Teller
+from bench.decode.run import UNCOUNTED, Run, a_round, answering
+from specvlm.drafts import Draft
+
+SECTION = "host"
+#: Rounds under the profiler, and what they are called there.
+ROUNDS, ROUND = 10, "specvlm round"
+
+#: Calls of CUDA that return when the device has come so far. A copy to memory that is not pinned waits as well.
+WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_COPY, _TO_HOST, _PINNED = "cudaMemcpyAsync", "DtoH", "Pinned"
+
+
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """One round as the host saw it.
+
+    Attributes:
+        seconds: its time less the waiting.
+        waits: how often it waited for the device; a copy and the synchronisation behind it are one.
+        launches: kernels and graphs that it launched.
+    """
+
+    seconds: float
+    waits: int
+    launches: int
+
+
+def host_time(draft: str) -> str:
+    """The figure of the host's time, by the draft's name."""
+    return f"{draft}, host time a round"
+
+
+def synchronisations(draft: str) -> str:
+    """The figure of the host's waits, by the draft's name."""
+    return f"{draft}, synchronisations a round"
+
+
+def host_side(run: Run) -> Iterator[Figure]:
+    """The host's time and waits with every draft; the profiler itself costs time, which is in it."""
+    subject = run.subject
+    tell = Teller(Kind.RANDOM, subject.size.name, SECTION)
+    for name, draft in subject.drafts.items():
+        with _folder(run.profiles) as folder:
+            path = folder / f"{subject.size.name}, {name}.json".lower().replace(", ", "-").replace(" ", "-")
+            _profile(run, draft, path)
+            rounds = read_rounds(json.loads(path.read_text())["traceEvents"])
+        kept = {} if run.profiles is None else {"profile": path.name}
+        if subject.device.type == "cuda" and not any(one.launches for one in rounds):
+            yield tell.none(host_time(name), "µs", "the profile knows of no call of CUDA")
+            continue
+        launches = max(one.launches for one in rounds)
+        yield tell.many(host_time(name), "µs", [1e6 * one.seconds for one in rounds], launches=launches, **kept)
+        yield tell.one(synchronisations(name), "waits", max(one.waits for one in rounds), rounds=len(rounds))
+
+
+@contextlib.contextmanager
+def _folder(profiles: Path | None) -> Iterator[Path]:
+    """The folder, made if need be; without one, one that goes again."""
+    if profiles is None:
+        with tempfile.TemporaryDirectory() as made:
+            yield Path(made)
+    else:
+        profiles.mkdir(parents=True, exist_ok=True)
+        yield profiles
+
+
+@torch.inference_mode()
+def _profile(run: Run, draft: Draft, path: Path) -> None:
+    subject = run.subject
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.device.type == "cuda")
+    with answering(subject, draft) as (state, session):
+        for _ in range(UNCOUNTED):
+            a_round(subject, state, session, lambda part: None)
+        with profile(activities=activities) as profiler:
+            for _ in range(ROUNDS):
+                if not state.finished:
+                    with record_function(ROUND):
+                        a_round(subject, state, session, lambda part: None)
+    profiler.export_chrome_trace(str(path))
+
+
+def read_rounds(events: Sequence[Mapping[str, Any]]) -> list[HostSide]:
+    """What the host did in every round of a trace, from its "traceEvents"."""
+    timed = sorted((event for event in events if event.get("ph") == "X"), key=lambda event: event["ts"])
+    calls = [event for event in timed if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    to_host = {
+        event["args"]["correlation"]
+        for event in timed
+        if event.get("cat") == "gpu_memcpy" and _TO_HOST in event["name"] and _PINNED not in event["name"]
+    }
+    found = []
+    for span in timed:
+        if (span.get("cat"), span["name"]) == ("user_annotation", ROUND):
+            ends = span["ts"] + span["dur"]
+            inside = [call for call in calls if span["ts"] <= call["ts"] < ends and call["tid"] == span["tid"]]
+            found.append(_host_side(span["dur"], inside, to_host))
+    return found
+
+
+def _host_side(duration: float, calls: Sequence[Mapping[str, Any]], to_host: set[int]) -> HostSide:
+    """One round of `duration` µs."""
+    waited, waits, launches, copied = 0.0, 0, 0, False
+    for call in calls:
+        name = call["name"].split("_v")[0]
+        copies = name == _COPY and call.get("args", {}).get("correlation") in to_host
+        if copies or name in WAITING:
+            waited += call["dur"]
+            waits += not copied
+        copied = copies
+        launches += "Launch" in name
+    return HostSide(1e-6 * (duration - waited), waits, launches)

@@ -1,0 +1,111 @@
+"""What decoding is to reach, and which of it a run shows to be met."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.decode import host, memory, rounds, speeds
+from bench.decode.figures import Found
+from bench.decode.models import FULL_HEAD, HEADS, Size
+from bench.kernels.targets import Verdict
+
+#: Heads that read less than the whole.
+_LESS = tuple(name for name in HEADS if name != FULL_HEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound on a figure.
+
+    Attributes:
+        name: what it asks for, in words.
+        section: the figure's.
+        figures: names of figures, of which the best has to fit, or, where `every`, the worst.
+        bound: by what.
+        at_least: whether from below.
+        unit: of the figure, for its printing.
+        every: all have to fit.
+    """
+
+    name: str
+    section: str
+    figures: tuple[str, ...]
+    bound: float
+    at_least: bool
+    unit: str
+    every: bool = False
+
+    def fits(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A target after a run, for one model."""
+
+    target: Target
+    model: str
+    verdict: Verdict
+    value: float | None = None
+    figure: str | None = None
+
+    def line(self) -> str:
+        """One line for people."""
+        target = self.target
+        if self.value is None:
+            return f"{self.verdict}: {self.model}, {target.name}"
+        sign = ">=" if target.at_least else "<="
+        return f"{self.verdict}: {self.model}, {target.name}: {self.value:.3g} {sign} {target.bound:g} {target.unit}"
+
+
+def standings(sizes: Sequence[Size], found: Found) -> list[Standing]:
+    """How every target stands for every model that has targets."""
+    return [_standing(target, size.name, found) for size in sizes if size.judged for target in TARGETS]
+
+
+def _standing(target: Target, model: str, found: Found) -> Standing:
+    values = {name: found.value(model, target.section, name) for name in target.figures}
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known:
+        return Standing(target, model, Verdict.UNMEASURED)
+    chosen = (max if target.at_least != target.every else min)(known, key=lambda name: known[name])
+    verdict = Verdict.MET if target.fits(known[chosen]) else Verdict.MISSED
+    if verdict == Verdict.MET and target.every and len(known) < len(values):
+        verdict = Verdict.OPEN
+    return Standing(target, model, verdict, known[chosen], chosen)
+
+
+TARGETS = (
+    Target("AR: share of the copy bandwidth", speeds.SECTION, (speeds.BANDWIDTH,), 0.85, True, "of it"),
+    Target("AR: over transformers' eager generate", speeds.SECTION, (speeds.OVER_EAGER,), 5.0, True, "times"),
+    Target("verify: 64 nodes over one", rounds.VERIFY, (rounds.OVER_ONE,), 1.10, False, "times"),
+    Target(
+        "round with the full head over an AR step", rounds.ROUND, (rounds.over_step(FULL_HEAD),), 1.6, False, "times"
+    ),
+    Target(
+        "round with a head that reads less over a step",
+        rounds.ROUND,
+        tuple(rounds.over_step(name) for name in _LESS),
+        1.45,
+        False,
+        "times",
+    ),
+    Target(
+        "host time a round, under the profiler",
+        host.SECTION,
+        tuple(host.host_time(name) for name in HEADS),
+        100.0,
+        False,
+        "µs",
+        every=True,
+    ),
+    Target(
+        "host synchronisations a round",
+        host.SECTION,
+        tuple(host.synchronisations(name) for name in HEADS),
+        1.0,
+        False,
+        "waits",
+        every=True,
+    ),
+    Target("memory besides weights and KV slab", memory.SECTION, (memory.REST,), 1.0, False, "GiB"),
+)
