@@ -115,7 +115,7 @@ SIZES = {
         vision=_TINY_CLIP,
         plan=Plan(nodes=16, depth=4, width=3),
         text=9,
-        tokens=40,
+        tokens=24,
         hf_tokens=5,
         proposable=100,
         repeats=2,

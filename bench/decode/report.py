@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.decode import rounds, speeds
+from bench.decode import replay, rounds, speeds
 from bench.decode.figures import Figure, Found
 from bench.decode.models import HEADS, Size
 from bench.decode.run import PARTS
@@ -54,11 +54,12 @@ def plot(sizes: Sequence[Size], found: Found, title: str, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, rows = plt.subplots(len(sizes), 3, figsize=(15, 4 * len(sizes)), layout="constrained", squeeze=False)
-    for size, (speed, curve, parts) in zip(sizes, rows, strict=True):
+    figure, rows = plt.subplots(len(sizes), 4, figsize=(20, 4 * len(sizes)), layout="constrained", squeeze=False)
+    for size, (speed, curve, parts, speedup) in zip(sizes, rows, strict=True):
         _speeds(speed, size.name, found)
         _curve(curve, size.name, found)
         _parts(parts, size.name, found)
+        _speedup(speedup, size.name, found)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -97,3 +98,17 @@ def _parts(axes: Any, model: str, found: Found) -> None:
         axes.barh(rounds.STEP, step, color="grey")
     axes.legend()
     axes.set(title=f"{model}, random weights: a round", xlabel="ms")
+
+
+def _speedup(axes: Any, model: str, found: Found) -> None:
+    for head in HEADS:
+        ratios = {tau: found.value(model, replay.SECTION, replay.over_ar(tau, head)) for tau in replay.TAUS}
+        known = {tau: ratio for tau, ratio in ratios.items() if ratio is not None}
+        axes.plot(list(known), list(known.values()), marker="o", label=head)
+    low, high = axes.get_ylim()
+    for name, tau in replay.PUBLISHED.items():
+        axes.axvline(tau, color="grey", linewidth=0.8, linestyle=":")
+        axes.text(tau, high, f"{name} ", rotation=90, va="top", ha="right", fontsize=6)
+    axes.set_ylim(low, high)
+    axes.legend()
+    axes.set(title=f"{model}, replayed acceptance", xlabel="tau, published ones dotted", ylabel="speedup over AR")

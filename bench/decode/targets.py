@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.decode import host, memory, rounds, speeds
+from bench.decode import host, memory, replay, rounds, speeds
 from bench.decode.figures import Found
 from bench.decode.models import FULL_HEAD, HEADS, Size
 from bench.kernels.targets import Verdict
@@ -106,6 +106,22 @@ TARGETS = (
         False,
         "waits",
         every=True,
+    ),
+    Target(
+        f"replayed acceptance, tau {replay.AIM}: over AR",
+        replay.SECTION,
+        tuple(replay.over_ar(replay.AIM, name) for name in HEADS),
+        3.3,
+        True,
+        "times",
+    ),
+    Target(
+        f"replayed acceptance, tau {replay.AIM}: over transformers' eager generate",
+        replay.SECTION,
+        tuple(replay.over_hf(replay.AIM, name) for name in HEADS),
+        15.0,
+        True,
+        "times",
     ),
     Target("memory besides weights and KV slab", memory.SECTION, (memory.REST,), 1.0, False, "GiB"),
 )

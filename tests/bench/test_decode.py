@@ -1,18 +1,21 @@
 """The benchmark of whole decoding: all of it on a tiny model, its logic on invented figures and traces."""
 
 import json
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 
 from bench.decode import __main__ as command
-from bench.decode import host, memory, report, rounds, speeds, targets
+from bench.decode import host, memory, replay, report, rounds, speeds, targets
 from bench.decode.figures import Found, Kind, Teller
 from bench.decode.models import FULL_HEAD, REDUCED_HEAD, SIZES, random_llava, random_subject
 from bench.decode.run import PARTS, WHOLE, timed_rounds
 from bench.decode.targets import TARGETS, Standing, Target, Verdict, standings
 from bench.floors import Sizes, step_bytes
 from specvlm.tree import BUCKETS
+from tests.test_graphs import Recorder
 
 SEVEN = SIZES["7b"]
 
@@ -35,7 +38,7 @@ def test_a_run_tells_everything_and_fails_at_nothing(ran):
     told = {(figure["section"], figure["name"]): figure for figure in figures}
     assert len(told) == len(figures)
     assert {figure["model"] for figure in figures} == {"tiny"}
-    assert {figure["kind"] for figure in figures} == {Kind.RANDOM}
+    assert {figure["kind"] for figure in figures} == {Kind.RANDOM, Kind.REPLAYED}
     for name in (speeds.OURS, speeds.HF_EAGER, speeds.HF_STATIC):
         figure = told[speeds.SECTION, name]
         assert figure["p10"] <= figure["value"] <= figure["p90"]
@@ -54,6 +57,43 @@ def test_parts_of_a_round_are_its_whole():
     for whole, *parts in zip(seconds[WHOLE], *(seconds[part] for part in PARTS), strict=True):
         assert whole == sum(parts)
         assert min(parts) > 0
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5, 4.8, 7.0])
+def test_lengths_have_the_average_asked_for(tau):
+    lengths = list(islice(replay.accepted(tau, 6), 50))
+    assert sum(lengths) / 50 + 1 == pytest.approx(tau, abs=0.05)
+    assert 0 <= min(lengths) <= max(lengths) <= 6
+    rate = replay.rate_for(tau, 6)
+    for depth in range(1, 7):
+        assert sum(length >= depth for length in lengths) / 50 == pytest.approx(rate**depth, abs=0.05)
+
+
+@pytest.mark.parametrize("tau", [0.9, 7.1])
+def test_a_tau_that_no_rate_gives_is_refused(tau):
+    with pytest.raises(ValueError, match=f"tau: expected 1 to 7, got {tau}"):
+        replay.rate_for(tau, 6)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("tau", [3.2, 5.0])
+def test_a_replay_accepts_what_its_script_says_and_changes_no_answer(tau, recorded):
+    recorder = Recorder() if recorded else None
+    subject = random_subject(SIZES["tiny"], torch.device("cpu"), recorder)
+    answer = subject.model.generate(**subject.asked, draft=None).tokens
+    assert len(set(answer)) > len(answer) // 2, "a lie about an answer that repeats itself may be true"
+    script = replay.script_of(answer, tau, subject)
+    draft = replay.ReplayDraft(subject.drafts[REDUCED_HEAD], script)
+    for _ in range(3):
+        found = subject.model.generate(**subject.asked, draft=draft)
+        assert found.tokens == answer
+        counts = Counter(script.lengths)
+        assert found.stats.accepted_histogram == tuple(counts[n] for n in range(max(counts) + 1))
+    if recorded:
+        recordings, replays = recorder.recordings, recorder.replays
+        subject.model.generate(**subject.asked, draft=draft)
+        assert recorder.recordings == recordings
+        assert recorder.replays - replays == 5 * found.stats.rounds, "a round, and the step that replaces its tree"
 
 
 def invented(model: str, **values: float) -> Found:
@@ -136,19 +176,22 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
     def whole(run):
         yield Teller(Kind.RANDOM, "tiny", "whole").one("after", "x", 2.0)
 
+    monkeypatch.setattr(report, "plot", lambda *args: False)
     assert command.measure([SIZES["tiny"]], (broken, whole), tmp_path, 60.0, None) == 1
     said = capsys.readouterr()
     assert "RuntimeError: it broke" in said.err
     assert "tiny: broken" in said.out
+    assert "No plot" in said.out
     _, before, after, last = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
     assert (before["name"], after["name"], last["failed"]) == ("before", "after", ["tiny: broken"])
 
 
-def test_a_run_stops_in_time_and_says_so(tmp_path, capsys):
+def test_a_run_stops_in_time_and_says_so(tmp_path, monkeypatch, capsys):
     def endless(run):
         while True:
             yield Teller(Kind.RANDOM, "tiny", "endless").one("again", "x", 1.0)
 
+    monkeypatch.setattr(report, "plot", lambda *args: True)
     assert command.measure([SIZES["tiny"]], (endless,), tmp_path, 0.0, None) == 0
     assert "the time is over" in capsys.readouterr().out
     assert len((tmp_path / "decode.jsonl").read_text().splitlines()) == 3
