@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import floors
-from bench.decode import host, memory, replay, report, rounds, speeds
+from bench.decode import host, memory, replay, report, rounds, speeds, widened
 from bench.decode.figures import Figure, Found
 from bench.decode.models import SIZES, Size, random_subject
 from bench.decode.run import Run, copy_bandwidth
@@ -43,6 +43,7 @@ SECTIONS: tuple[Section, ...] = (
     speeds.transformers_eager,
     host.host_side,
     replay.replayed,
+    widened.widened_demo,
     speeds.transformers_compiled,
 )
 

@@ -53,7 +53,7 @@ class Size:
         tokens: of an answer of ours.
         hf_tokens: of an answer of transformers', whose tokens take longer.
         proposable: ids that the reduced output head of a draft has.
-        repeats, answers: of what takes milliseconds, and of whole answers.
+        repeats, answers: of what takes milliseconds, and of whole answers; of the demo's questions as well.
         judged: whether it has targets.
     """
 
@@ -167,17 +167,31 @@ def random_subject(size: Size, device: torch.device, recorder: Recorder | None =
     """A model of random weights with its drafts, in bf16 on a GPU and in fp32 on a CPU."""
     dtype = dtype_on(device)
     model = random_llava(size, device, dtype)
-    if recorder is None and device.type == "cuda":
-        recorder = CudaRecorder(device)
-    specvlm = SpecVLM.from_target(LlamaTarget(model, recorder=recorder))
+    specvlm, recorder = recorded(model, recorder)
     config = EagleConfig.for_target(specvlm.target.spec, intermediate_size=size.language.inner)
     with made_on(device, dtype):
-        full = EagleDraft(EagleHead(config), Eagle2(size.plan))
-        ids = [token for token in range(size.proposable + 1) if token != model.config.image_token_id]
-        drafts = {name: make(full, ids[: size.proposable]) for name, make in HEADS.items()}
+        head = EagleHead(config)
+    return Subject(
+        size, specvlm, recorder, prompt_for(model, size), drafts_of(specvlm, head, size.plan, size.proposable)
+    )
+
+
+def recorded(model: LlavaForConditionalGeneration, recorder: Recorder | None = None) -> tuple[SpecVLM, Recorder | None]:
+    """A model behind the own decoder, and what records its rounds: without a `recorder` CUDA graphs, on a GPU."""
+    if recorder is None and model.device.type == "cuda":
+        recorder = CudaRecorder(model.device)
+    return SpecVLM.from_target(LlamaTarget(model, recorder=recorder)), recorder
+
+
+def drafts_of(specvlm: SpecVLM, head: EagleHead, plan: Plan, proposable: int) -> dict[str, EagleDraft]:
+    """What is measured of a head, bound to its target; a reduced output head has that many of the first ids."""
+    spec, full = specvlm.target.spec, EagleDraft(head, Eagle2(plan))
+    ids = [token for token in range(proposable + 1) if token not in spec.media_ids][:proposable]
+    with made_on(spec.device, spec.dtype):
+        drafts = {name: make(full, ids) for name, make in HEADS.items()}
     for draft in drafts.values():
         draft.bind(specvlm.target)
-    return Subject(size, specvlm, recorder, prompt_for(model, size), drafts)
+    return drafts
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

@@ -27,8 +27,6 @@ PUBLISHED = {
 #: The tau that targets are set at.
 AIM = 4.8
 TAUS = (1.0, 2.0, 3.0, 4.0, AIM, 6.0)
-#: Answers that a speed is the median of.
-ANSWERS = 3
 
 #: The golden ratio's fraction, whose multiples fill [0, 1) evenly however many there are.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -67,7 +65,7 @@ def _speedups(run: Run, tau: float, head: str, draft: "ReplayDraft", answer: Seq
     """Speeds with a draft and without, in turn."""
     subject, rates, ratios = run.subject, [], []
     tell = Teller(Kind.REPLAYED, subject.size.name, SECTION)
-    for repeat in range(1 + ANSWERS):
+    for repeat in range(1 + (subject.size.answers + 1) // 2):
         found = subject.model.generate(**subject.asked, draft=draft)
         if found.tokens != answer:
             raise RuntimeError(f"{name_of(tau, head)}: expected the answer without a draft, got another")
