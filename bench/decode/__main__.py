@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,14 +26,14 @@ from bench import floors
 from bench.decode import host, memory, replay, report, rounds, speeds, widened
 from bench.decode.figures import Figure, Found
 from bench.decode.models import SIZES, Size, random_subject
-from bench.decode.run import Run, copy_bandwidth
+from bench.decode.run import Run, limits_of
 from bench.decode.targets import Verdict, standings
 from bench.kernels.report import write_line
 from bench.machine import machine
 
 Section = Callable[[Run], Iterator[Figure]]
 
-#: Parts of a run, what matters most first; memory before transformers takes any, and its compiler last.
+#: Parts of a run, what matters most first; memory before transformers takes any.
 SECTIONS: tuple[Section, ...] = (
     speeds.autoregressive,
     rounds.verification,
@@ -43,49 +42,56 @@ SECTIONS: tuple[Section, ...] = (
     speeds.transformers_eager,
     host.host_side,
     replay.replayed,
-    widened.widened_demo,
-    speeds.transformers_compiled,
 )
+#: What comes when all models had these: it takes another model, or a compiler that takes minutes.
+LATER: tuple[Section, ...] = (widened.widened_demo, speeds.transformers_compiled)
 
 
-def figures_of(size: Size, run: Callable[[], Run], sections: Sequence[Section], failed: list[str]) -> Iterator[Figure]:
+def figures_of(make: Callable[[], Run], name: str, sections: Sequence[Section], failed: list[str]) -> Iterator[Figure]:
     """The figures of one model; a section that fails is told with its traceback, and the others go on."""
     try:
-        made = run()
+        run = make()
     except Exception:
         traceback.print_exc()
-        failed.append(f"{size.name}: making it")
+        failed.append(f"{name}: making it")
         return
     for section in sections:
         try:
-            yield from section(made)
+            yield from section(run)
         except Exception:
             traceback.print_exc()
-            failed.append(f"{size.name}: {section.__name__}")
+            failed.append(f"{name}: {section.__name__}")
 
 
-def measure(
-    sizes: Sequence[Size], sections: Sequence[Section], out: Path, seconds: float, profiles: Path | None
-) -> int:
-    """Figures, files and targets; 1 where a section failed or a target is missed, else 0."""
+def measure(turns: Sequence[tuple[Size, Sequence[Section]]], out: Path, seconds: float, profiles: Path | None) -> int:
+    """Figures, files and targets; 1 where a section failed or a target is missed, else 0.
+
+    Args:
+        turns: models, and which sections each has when it is made.
+        out: the folder that the files go to.
+        seconds: no figure is begun later than this.
+        profiles: the folder that profiles stay in; None: they do not.
+    """
     ends, found, failed = time.monotonic() + seconds, Found(), list[str]()
+    sizes = list({size.name: size for size, _ in turns}.values())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about, bandwidth = machine() | {"cuda": torch.version.cuda}, copy_bandwidth(device)
+    bandwidth, rate = limits_of(device)
+    about = machine() | {"cuda": torch.version.cuda, "bandwidth": bandwidth, "rate": rate}
     print(f"{about['gpu'] or about['cpu']}: copies at {bandwidth / 1e12:.3g} TB/s\n\n{report.HEAD}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
+
+    def run_of(size: Size) -> Run:
+        memory.begin()  # what is left of the model before
+        subject = random_subject(size, device)
+        memory.begin()
+        return Run(subject, bandwidth, rate, found, profiles)
+
     stopped = False
     with (out / "decode.jsonl").open("w") as file:
-        write_line(file, about | {"bandwidth": bandwidth})
-
-        def run_of(size: Size) -> Run:
-            memory.begin()  # what is left of the model before
-            subject = random_subject(size, device)
-            memory.begin()
-            return Run(subject, bandwidth, found, profiles)
-
+        write_line(file, about)
         with contextlib.suppress(KeyboardInterrupt):  # who waits no longer gets what there is
-            for size in sizes:
-                for figure in figures_of(size, lambda size=size: run_of(size), sections, failed):
+            for size, sections in turns:
+                for figure in figures_of(lambda size=size: run_of(size), size.name, sections, failed):
                     found.figures.append(figure)
                     print(report.row(figure), flush=True)
                     write_line(file, report.as_json(figure))
@@ -93,8 +99,8 @@ def measure(
                         break
                 if stopped:
                     break
-        standing = [report.standing_as_json(each) for each in standings(sizes, found)]
-        write_line(file, {"targets": standing, "failed": failed})
+        standing = standings(sizes, found)
+        write_line(file, {"targets": [report.standing_as_json(each) for each in standing], "failed": failed})
     if stopped:
         print("\nStopped before the end: the time is over")
     if failed:
@@ -102,10 +108,9 @@ def measure(
     if not report.plot(sizes, found, f"{about['gpu'] or about['cpu']}, {about['commit']}", out / "decode.png"):
         print("\nNo plot: matplotlib cannot be imported")
     print()
-    standing = standings(sizes, found)
     for each in standing:
         print(each.line())
-    print(json.dumps(about | {"bandwidth": bandwidth, "figures": len(found.figures), "failed": failed}))
+    print(json.dumps(about | {"figures": len(found.figures), "failed": failed}))
     return int(bool(failed) or any(each.verdict == Verdict.MISSED for each in standing))
 
 
@@ -116,8 +121,7 @@ def compute(sizes: Sequence[Size]) -> None:
     print()
     for each in standings(sizes, Found()):
         print(each.line())
-    about: dict[str, Any] = machine() | {"measured": False}
-    print(json.dumps(about))
+    print(json.dumps(machine() | {"measured": False}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and any(size.judged for size in sizes):
         compute(sizes)
         return 0
-    return measure(sizes, SECTIONS, options.out, options.seconds, options.profiles)
+    turns = [(size, SECTIONS) for size in sizes] + [(size, LATER) for size in sizes]
+    return measure(turns, options.out, options.seconds, options.profiles)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from bench.decode.figures import Figure, Kind, Teller, in_turn
+from bench.decode.memory import stored
 from bench.decode.run import PARTS, WHOLE, Run, answering, timed_rounds
-from specvlm.drafts import NoDraft
+from specvlm.drafts import EagleDraft, NoDraft
 from specvlm.tree import BUCKETS, DraftTree, root_only, tree_from_lists
 
 VERIFY, ROUND = "verify", "round"
@@ -18,6 +19,11 @@ STEP = "AR step"
 def over_step(draft: str) -> str:
     """The figure of a round over an AR step, by the draft's name."""
     return f"{draft}, over an AR step"
+
+
+def growth_bandwidth(draft: str) -> str:
+    """The figure of what a tree's growth reads over what a copy would, by the draft's name."""
+    return f"{draft}, grow, share of the copy bandwidth"
 
 
 @torch.inference_mode()
@@ -66,3 +72,12 @@ def whole_rounds(run: Run) -> Iterator[Figure]:
         yield whole
         yield tell.one(over_step(name), "x", whole.value / step.value)
         yield from parts
+        level = level_bytes(draft)
+        share = plan.depth * level / (1e-3 * parts[0].value) / run.bandwidth
+        yield tell.one(growth_bandwidth(name), "share", share, level=level)
+
+
+def level_bytes(draft: EagleDraft) -> int:
+    """What a level of a tree reads: the head's weights, once, and the rows of the output head that it proposes by."""
+    own = stored(draft.held())
+    return own if draft.vocabulary is not None else own + draft.target.model.lm_head.weight.nbytes

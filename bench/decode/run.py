@@ -33,12 +33,14 @@ class Run:
     Attributes:
         subject: the model.
         bandwidth: bytes a second that the machine copies with.
+        rate: operations a second of its bf16 matrix products; None: not measured.
         found: the figures so far.
         profiles: the folder that profiles stay in; None: they do not.
     """
 
     subject: Subject
     bandwidth: float
+    rate: float | None
     found: Found
     profiles: Path | None = None
 
@@ -48,14 +50,16 @@ class Run:
         return rate * step_bytes(size.language, size.prompt_tokens + size.tokens // 2, itemsize) / self.bandwidth
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a device reads and writes in a large copy, measured."""
+def limits_of(device: torch.device) -> tuple[float, float | None]:
+    """Bytes a second that a device reads and writes in a large copy, and operations a second of large bf16 products,
+    measured; on a CPU no such product is."""
     if device.type == "cuda":
-        return ceilings().bandwidth
+        found = ceilings()
+        return found.bandwidth, found.rate
     source = torch.randint(256, (_CPU_BYTES,), dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = in_turn({"copy": lambda: target.copy_(source)}, device, 3)["copy"]
-    return 2 * _CPU_BYTES / min(seconds)
+    return 2 * _CPU_BYTES / min(seconds), None
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

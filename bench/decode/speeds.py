@@ -6,17 +6,19 @@ from typing import Any
 import torch
 
 from bench.decode.figures import Figure, Kind, Teller
-from bench.decode.models import Subject
+from bench.decode.models import Size, Subject
 from bench.decode.run import Run, seconds_of
+from bench.floors import layer_weights
 
-SECTION = "AR"
+SECTION, PREFILL = "AR", "prefill"
 OURS, HF_EAGER, HF_STATIC = "ours", "HF eager generate", "HF static cache, torch.compile"
 BANDWIDTH = "ours, share of the copy bandwidth"
+TIME, OVER_FLOOR = "time to the first token", "over its floor of operations"
 OVER_EAGER, OVER_STATIC = f"ours over {HF_EAGER}", f"ours over {HF_STATIC}"
 
 
 def autoregressive(run: Run) -> Iterator[Figure]:
-    """Ours, decode only, and its share of the copy bandwidth."""
+    """Ours, decode only, and its share of the copy bandwidth; and the time before."""
     subject = run.subject
     tell = Teller(Kind.RANDOM, subject.size.name, SECTION)
     subject.model.warm_up(**subject.asked, draft=next(iter(subject.drafts.values())))
@@ -26,6 +28,31 @@ def autoregressive(run: Run) -> Iterator[Figure]:
     yield tell.one(
         BANDWIDTH, "share", run.of_bandwidth(ours.value), bandwidth=run.bandwidth, prompt=subject.size.prompt_tokens
     )
+    before = Teller(Kind.RANDOM, subject.size.name, PREFILL)
+    first = before.many(TIME, "ms", [1e3 * one.prefill_seconds for one in stats], prompt=subject.size.prompt_tokens)
+    yield first
+    if run.rate is None:
+        yield before.none(OVER_FLOOR, "x", "no rate of matrix products was measured")
+    else:
+        floor = prefill_operations(subject.size) / run.rate
+        yield before.one(OVER_FLOOR, "x", 1e-3 * first.value / floor, floor_ms=1e3 * floor, rate=run.rate)
+
+
+def prefill_operations(size: Size) -> int:
+    """Operations of the matrix products that a prompt with one picture cannot do without, up to its first logits."""
+    language, vision = size.language, size.vision
+    tokens, patches = size.prompt_tokens, size.image_tokens + 1
+    products = layer_weights(language, itemsize=1) - 2 * language.hidden  # without its norms
+    # A layer's last query sees all tokens, its first sees one: half of the square.
+    seen = 2 * tokens * tokens * language.heads * language.head_dim
+    answer = language.layers * (2 * tokens * products + seen) + 2 * language.hidden * language.vocabulary
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    layer = 2 * patches * (4 * width**2 + 2 * width * inner) + 4 * patches * patches * width
+    embedded = 2 * size.image_tokens * 3 * vision["patch_size"] ** 2 * width
+    projected = 2 * size.image_tokens * (width * language.hidden + language.hidden**2)
+    # The features are the last layer's but one.
+    looked = embedded + (vision["num_hidden_layers"] - 1) * layer + projected
+    return answer + looked
 
 
 def transformers_eager(run: Run) -> Iterator[Figure]:

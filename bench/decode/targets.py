@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench.decode import host, memory, replay, rounds, speeds
 from bench.decode.figures import Found
-from bench.decode.models import FULL_HEAD, HEADS, Size
+from bench.decode.models import FULL_HEAD, HEADS, SIZES, Size
 from bench.kernels.targets import Verdict
 
 #: Heads that read less than the whole.
@@ -24,6 +24,7 @@ class Target:
         at_least: whether from below.
         unit: of the figure, for its printing.
         every: all have to fit.
+        only: the one model that it is set for; None: all.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     at_least: bool
     unit: str
     every: bool = False
+    only: str | None = None
 
     def fits(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound
@@ -59,7 +61,8 @@ class Standing:
 
 def standings(sizes: Sequence[Size], found: Found) -> list[Standing]:
     """How every target stands for every model that has targets."""
-    return [_standing(target, size.name, found) for size in sizes if size.judged for target in TARGETS]
+    judged = [size.name for size in sizes if size.judged]
+    return [_standing(each, model, found) for model in judged for each in TARGETS if each.only in (None, model)]
 
 
 def _standing(target: Target, model: str, found: Found) -> Standing:
@@ -77,6 +80,15 @@ def _standing(target: Target, model: str, found: Found) -> Standing:
 TARGETS = (
     Target("AR: share of the copy bandwidth", speeds.SECTION, (speeds.BANDWIDTH,), 0.85, True, "of it"),
     Target("AR: over transformers' eager generate", speeds.SECTION, (speeds.OVER_EAGER,), 5.0, True, "times"),
+    Target(
+        "prefill: over its floor of operations",
+        speeds.PREFILL,
+        (speeds.OVER_FLOOR,),
+        2.0,
+        False,
+        "times",
+        only=SIZES["7b"].name,
+    ),
     Target("verify: 64 nodes over one", rounds.VERIFY, (rounds.OVER_ONE,), 1.10, False, "times"),
     Target(
         "round with the full head over an AR step", rounds.ROUND, (rounds.over_step(FULL_HEAD),), 1.6, False, "times"
@@ -90,7 +102,16 @@ TARGETS = (
         "times",
     ),
     Target(
-        "host time a round, under the profiler",
+        "growth of a tree: share of the copy bandwidth",
+        rounds.ROUND,
+        tuple(rounds.growth_bandwidth(name) for name in HEADS),
+        0.85,
+        True,
+        "of it",
+        every=True,
+    ),
+    Target(
+        "host time a round",
         host.SECTION,
         tuple(host.host_time(name) for name in HEADS),
         100.0,
