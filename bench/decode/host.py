@@ -4,6 +4,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.decode.figures import Figure, Kind, Teller
+from bench.decode.figures import Fact, Figure, Kind, Teller
+from bench.decode.rounds import STEP
 from bench.decode.run import UNCOUNTED, Run, a_round, answering
-from specvlm.drafts import Draft
+from specvlm.drafts import Draft, NoDraft
 
 SECTION = "host"
-#: Rounds under the profiler, and what they are called there.
+#: The most rounds under the profiler, and what they are called there.
 ROUNDS, ROUND = 10, "specvlm round"
+
+#: Kernels that are told, and how much of their names.
+KERNELS, KERNEL_NAME = 6, 40
 
 #: Calls of CUDA that return when the device has come so far. A copy to memory that is not pinned waits as well.
 WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -56,25 +61,28 @@ def synchronisations(draft: str) -> str:
 
 
 def host_side(run: Run) -> Iterator[Figure]:
-    """The host's time and waits with every draft.
+    """The host's time and waits in an AR step and with every draft, and the kernels that take longest.
 
     The profile's time holds the profiler's own, which knows every kernel of a graph; the other is without a profiler.
     """
     subject = run.subject
     tell = Teller(Kind.RANDOM, subject.size.name, SECTION)
-    for name, draft in subject.drafts.items():
+    for name, draft in {STEP: NoDraft(), **subject.drafts}.items():
         yield tell.many(host_time(name), "µs", [1e6 * one for one in _unprofiled(run, draft)])
         with _folder(run.profiles) as folder:
             path = folder / f"{subject.size.name}, {name}.json".lower().replace(", ", "-").replace(" ", "-")
             _profile(run, draft, path)
-            rounds = read_rounds(json.loads(path.read_text())["traceEvents"])
-        kept = {} if run.profiles is None else {"profile": path.name}
+            events = json.loads(path.read_text())["traceEvents"]
+        rounds = read_rounds(events)
+        facts: dict[str, Fact] = {} if run.profiles is None else {"profile": path.name}
+        if kernels := longest_kernels(events, len(rounds)):
+            facts["kernels, µs a round"] = kernels
         if subject.device.type == "cuda" and not any(one.launches for one in rounds):
             yield tell.none(profiled_time(name), "µs", "the profile knows of no call of CUDA")
             yield tell.none(synchronisations(name), "waits", "the profile knows of no call of CUDA")
             continue
         launches = max(one.launches for one in rounds)
-        yield tell.many(profiled_time(name), "µs", [1e6 * one.seconds for one in rounds], launches=launches, **kept)
+        yield tell.many(profiled_time(name), "µs", [1e6 * one.seconds for one in rounds], launches=launches, **facts)
         yield tell.one(synchronisations(name), "waits", max(one.waits for one in rounds), rounds=len(rounds))
 
 
@@ -87,6 +95,10 @@ def _folder(profiles: Path | None) -> Iterator[Path]:
     else:
         profiles.mkdir(parents=True, exist_ok=True)
         yield profiles
+
+
+def _rounds(run: Run) -> int:
+    return min(ROUNDS, 2 * run.subject.size.repeats)
 
 
 @torch.inference_mode()
@@ -103,7 +115,7 @@ def _unprofiled(run: Run, draft: Draft) -> list[float]:
     with answering(subject, draft) as (state, session):
         for _ in range(UNCOUNTED):
             a_round(subject, state, session, lambda part: None)
-        while not state.finished and len(found) < ROUNDS:
+        while not state.finished and len(found) < _rounds(run):
             began = settled()
             tree = session.propose(state)
             scores = subject.model.target.verify(tree, state)
@@ -123,7 +135,7 @@ def _profile(run: Run, draft: Draft, path: Path) -> None:
         for _ in range(UNCOUNTED):
             a_round(subject, state, session, lambda part: None)
         with profile(activities=activities) as profiler:
-            for _ in range(ROUNDS):
+            for _ in range(_rounds(run)):
                 if not state.finished:
                     with record_function(ROUND):
                         a_round(subject, state, session, lambda part: None)
@@ -153,10 +165,24 @@ def _host_side(duration: float, calls: Sequence[Mapping[str, Any]], to_host: set
     waited, waits, launches, copied = 0.0, 0, 0, False
     for call in calls:
         name = call["name"].split("_v")[0]
-        copies = name == _COPY and call.get("args", {}).get("correlation") in to_host
-        if copies or name in WAITING:
+        if name == _COPY and call.get("args", {}).get("correlation") in to_host:
+            waited += call["dur"]
+            waits += 1
+            copied = True
+        elif name in WAITING:
             waited += call["dur"]
             waits += not copied
-        copied = copies
-        launches += "Launch" in name
+            copied = False
+        elif "Launch" in name:
+            launches += 1
+            copied = False
     return HostSide(1e-6 * (duration - waited), waits, launches)
+
+
+def longest_kernels(events: Sequence[Mapping[str, Any]], rounds: int) -> str:
+    """The kernels of a trace that took longest, with the µs that each took a round."""
+    sums: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "kernel":
+            sums[event["name"].split("(")[0][:KERNEL_NAME]] += event["dur"]
+    return ", ".join(f"{name} {total / rounds:.0f}" for name, total in sums.most_common(KERNELS))

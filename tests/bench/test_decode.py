@@ -27,7 +27,9 @@ def ran(tmp_path_factory) -> tuple[int, list[dict]]:
     out = tmp_path_factory.mktemp("out")
     status = command.main(["--model", "tiny", "--out", str(out), "--profiles", str(out / "profiles")])
     assert (out / "decode.png").stat().st_size > 0
-    assert {path.name for path in (out / "profiles").iterdir()} == {"tiny-full-head.json", "tiny-reduced-head.json"}
+    assert {path.name for path in (out / "profiles").iterdir()} == {
+        f"tiny-{name}.json" for name in ("ar-step", "full-head", "reduced-head")
+    }
     return status, [json.loads(line) for line in (out / "decode.jsonl").read_text().splitlines()]
 
 
@@ -171,6 +173,7 @@ def test_the_hosts_time_is_a_round_without_its_waiting():
         call("cudaGraphLaunch", 5.0, 7.0),
         call("cudaMemcpyAsync", 20.0, 3.0, correlation=1),  # on the device
         call("cudaMemcpyAsync", 30.0, 40.0, correlation=2),
+        call("cudaStreamGetCaptureInfo_v2", 70.5, 0.1),
         call("cudaStreamSynchronize", 71.0, 10.0),
         {"ph": "i", "cat": "x", "name": "no span", "ts": 4.0},
         call("Memcpy DtoD (Device -> Device)", 25.0, 1.0, "gpu_memcpy", correlation=1),
@@ -184,6 +187,9 @@ def test_the_hosts_time_is_a_round_without_its_waiting():
         call("Memcpy DtoH (Device -> Pinned)", 247.0, 1.0, "gpu_memcpy", correlation=3),
         call("cudaEventSynchronize", 250.0, 6.0),
     ]
+    events += [call("linear_kernel(int)", 60.0, 30.0, "kernel"), call("linear_kernel(int)", 230.0, 10.0, "kernel")]
+    events += [call("other", 240.0, 50.0, "kernel")]
+    assert host.longest_kernels(events, 2) == "other 25, linear_kernel 20"
     first, second = host.read_rounds(events)
     assert (first.seconds, first.waits, first.launches) == (pytest.approx(50e-6), 1, 1)
     assert (second.seconds, second.waits, second.launches) == (pytest.approx(64e-6), 2, 1)
