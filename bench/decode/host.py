@@ -60,6 +60,11 @@ def synchronisations(draft: str) -> str:
     return f"{draft}, synchronisations a round"
 
 
+def file_of(model: str, draft: str) -> str:
+    """The name of a profile's file."""
+    return f"{model} {draft}.json".lower().replace(" ", "-")
+
+
 def host_side(run: Run) -> Iterator[Figure]:
     """The host's time and waits in an AR step and with every draft, and the kernels that take longest.
 
@@ -70,7 +75,7 @@ def host_side(run: Run) -> Iterator[Figure]:
     for name, draft in {STEP: NoDraft(), **subject.drafts}.items():
         yield tell.many(host_time(name), "µs", [1e6 * one for one in _unprofiled(run, draft)])
         with _folder(run.profiles) as folder:
-            path = folder / f"{subject.size.name}, {name}.json".lower().replace(", ", "-").replace(" ", "-")
+            path = folder / file_of(subject.size.name, name)
             _profile(run, draft, path)
             events = json.loads(path.read_text())["traceEvents"]
         rounds = read_rounds(events)

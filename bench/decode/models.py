@@ -153,13 +153,25 @@ class Subject:
         return self.prompt | {"max_new_tokens": self.size.tokens}
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is measured of a head.
+
+    Attributes:
+        make: of a draft with the target's whole output head, and the ids that a reduced one has.
+        itemsize: bytes of a weight that it reads; None: as the target's.
+    """
+
+    make: Callable[[EagleDraft, list[int]], EagleDraft]
+    itemsize: int | None = None
+
+
 FULL_HEAD, REDUCED_HEAD = "full head", "reduced head"
 
-#: What becomes of a draft with the target's whole output head, by the name that it is measured under. The last
-#: argument: the ids that a reduced head has.
-HEADS: dict[str, Callable[[EagleDraft, list[int]], EagleDraft]] = {
-    FULL_HEAD: lambda draft, ids: draft,
-    REDUCED_HEAD: lambda draft, ids: draft.with_vocabulary(ids),
+#: By the name that they are measured under; the last is what a curve is of.
+HEADS = {
+    FULL_HEAD: Variant(lambda draft, ids: draft),
+    REDUCED_HEAD: Variant(lambda draft, ids: draft.with_vocabulary(ids)),
 }
 
 
@@ -188,7 +200,7 @@ def drafts_of(specvlm: SpecVLM, head: EagleHead, plan: Plan, proposable: int) ->
     spec, full = specvlm.target.spec, EagleDraft(head, Eagle2(plan))
     ids = [token for token in range(proposable + 1) if token not in spec.media_ids][:proposable]
     with made_on(spec.device, spec.dtype):
-        drafts = {name: make(full, ids) for name, make in HEADS.items()}
+        drafts = {name: variant.make(full, ids) for name, variant in HEADS.items()}
     for draft in drafts.values():
         draft.bind(specvlm.target)
     return drafts

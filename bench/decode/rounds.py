@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.decode.figures import Figure, Kind, Teller, in_turn
-from bench.decode.memory import stored
+from bench.decode.models import HEADS
 from bench.decode.run import PARTS, WHOLE, Run, answering, timed_rounds
 from specvlm.drafts import EagleDraft, NoDraft
 from specvlm.tree import BUCKETS, DraftTree, root_only, tree_from_lists
@@ -72,12 +72,13 @@ def whole_rounds(run: Run) -> Iterator[Figure]:
         yield whole
         yield tell.one(over_step(name), "x", whole.value / step.value)
         yield from parts
-        level = level_bytes(draft)
+        level = level_bytes(draft, HEADS[name].itemsize or draft.target.spec.dtype.itemsize)
         share = plan.depth * level / (1e-3 * parts[0].value) / run.bandwidth
         yield tell.one(growth_bandwidth(name), "share", share, level=level)
 
 
-def level_bytes(draft: EagleDraft) -> int:
+def level_bytes(draft: EagleDraft, itemsize: int) -> int:
     """What a level of a tree reads: the head's weights, once, and the rows of the output head that it proposes by."""
-    own = stored(draft.held())
-    return own if draft.vocabulary is not None else own + draft.target.model.lm_head.weight.nbytes
+    config = draft.head.config
+    rows = config.proposable * config.hidden_size
+    return itemsize * (rows + sum(weight.numel() for weight in draft.head.parameters()))

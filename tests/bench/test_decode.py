@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.decode import __main__ as command
 from bench.decode import host, memory, replay, report, rounds, speeds, targets
 from bench.decode.figures import Found, Kind, Teller
-from bench.decode.models import FULL_HEAD, REDUCED_HEAD, SIZES, prompt_for, random_llava, random_subject
+from bench.decode.models import FULL_HEAD, HEADS, REDUCED_HEAD, SIZES, prompt_for, random_llava, random_subject
 from bench.decode.run import PARTS, WHOLE, timed_rounds
 from bench.decode.targets import TARGETS, Standing, Target, Verdict, standings
 from bench.floors import Sizes, step_bytes
@@ -27,9 +27,8 @@ def ran(tmp_path_factory) -> tuple[int, list[dict]]:
     out = tmp_path_factory.mktemp("out")
     status = command.main(["--model", "tiny", "--out", str(out), "--profiles", str(out / "profiles")])
     assert (out / "decode.png").stat().st_size > 0
-    assert {path.name for path in (out / "profiles").iterdir()} == {
-        f"tiny-{name}.json" for name in ("ar-step", "full-head", "reduced-head")
-    }
+    profiles = {host.file_of("tiny", name) for name in (rounds.STEP, *HEADS)}
+    assert {path.name for path in (out / "profiles").iterdir()} == profiles
     return status, [json.loads(line) for line in (out / "decode.jsonl").read_text().splitlines()]
 
 
@@ -125,9 +124,10 @@ def test_a_share_of_the_bandwidth_is_bounded_from_below(value, verdict):
 
 def test_the_best_of_several_heads_counts_for_speed_and_the_worst_for_the_host(monkeypatch):
     name = "host synchronisations a round"
-    one, other = (f"{host.SECTION}, {host.synchronisations(head)}" for head in (FULL_HEAD, REDUCED_HEAD))
-    assert standing_of(name, invented(SEVEN.name, **{one: 1.0, other: 2.0})).verdict == Verdict.MISSED
-    assert standing_of(name, invented(SEVEN.name, **{one: 1.0, other: 1.0})).verdict == Verdict.MET
+    once = {f"{host.SECTION}, {host.synchronisations(head)}": 1.0 for head in HEADS}
+    one = f"{host.SECTION}, {host.synchronisations(FULL_HEAD)}"
+    assert standing_of(name, invented(SEVEN.name, **once | {one: 2.0})).verdict == Verdict.MISSED
+    assert standing_of(name, invented(SEVEN.name, **once)).verdict == Verdict.MET
     assert standing_of(name, invented(SEVEN.name, **{one: 1.0})).verdict == Verdict.OPEN
     either = Target("either", rounds.ROUND, ("a", "b"), 1.45, False, "times")
     monkeypatch.setattr(targets, "TARGETS", (either,))
@@ -254,6 +254,14 @@ def test_full_sizes_have_the_parameters_of_llava():
     """Made nowhere: on the meta device they take no memory."""
     model = random_llava(SEVEN, torch.device("meta"), torch.bfloat16)
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(7.06e9, rel=2e-3)
+
+
+def test_a_level_reads_a_heads_weights_and_the_rows_it_proposes_by():
+    drafts = random_subject(SIZES["tiny"], torch.device("cpu")).drafts
+    layer = 4 * 64 * 64 + 3 * 64 * 96 + 64  # without the norm before attention
+    fc = 2 * 64 * 64 + 64
+    assert rounds.level_bytes(drafts[FULL_HEAD], 4) == 4 * (layer + fc + 256 * 64)
+    assert rounds.level_bytes(drafts[REDUCED_HEAD], 2) == 2 * (layer + fc + 100 * 64)
 
 
 def test_what_stands_behind_several_tensors_is_counted_once():
