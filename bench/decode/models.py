@@ -167,11 +167,14 @@ class Variant:
 
 
 FULL_HEAD, REDUCED_HEAD = "full head", "reduced head"
+FP8_HEAD, FP8_REDUCED_HEAD = "fp8 head", "reduced fp8 head"
 
 #: By the name that they are measured under; the last is what a curve is of.
 HEADS = {
     FULL_HEAD: Variant(lambda draft, ids: draft),
     REDUCED_HEAD: Variant(lambda draft, ids: draft.with_vocabulary(ids)),
+    FP8_HEAD: Variant(lambda draft, ids: draft.quantized(), itemsize=1),
+    FP8_REDUCED_HEAD: Variant(lambda draft, ids: draft.with_vocabulary(ids).quantized(), itemsize=1),
 }
 
 
