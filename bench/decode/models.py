@@ -111,15 +111,15 @@ SIZES = {
     "13b": _full(MODELS[1]),
     "tiny": Size(
         language=Sizes("tiny", hidden=64, inner=96, layers=2, heads=2, kv_heads=2, vocabulary=256, head_dim=32),
-        widened=Sizes("tiny", hidden=288, inner=768, layers=9, heads=3, kv_heads=3, vocabulary=768),
+        widened=Sizes("tiny", hidden=288, inner=704, layers=8, heads=3, kv_heads=3, vocabulary=768),
         vision=_TINY_CLIP,
         plan=Plan(nodes=16, depth=4, width=3),
         text=9,
-        tokens=24,
+        tokens=16,
         hf_tokens=5,
         proposable=100,
         repeats=2,
-        answers=2,
+        answers=1,
         judged=False,
     ),
 }

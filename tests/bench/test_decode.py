@@ -204,6 +204,7 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
         yield Teller(Kind.RANDOM, "tiny", "whole").one("after", "x", 2.0)
 
     monkeypatch.setattr(report, "plot", lambda *args: False)
+    monkeypatch.setattr(command, "limits_of", lambda device: (1e10, None))
     assert command.measure([(SIZES["tiny"], (broken, whole))], tmp_path, 60.0, None) == 1
     said = capsys.readouterr()
     assert "RuntimeError: it broke" in said.err
@@ -219,6 +220,7 @@ def test_a_run_stops_in_time_and_says_so(tmp_path, monkeypatch, capsys):
             yield Teller(Kind.RANDOM, "tiny", "endless").one("again", "x", 1.0)
 
     monkeypatch.setattr(report, "plot", lambda *args: True)
+    monkeypatch.setattr(command, "limits_of", lambda device: (1e10, None))
     assert command.measure([(SIZES["tiny"], (endless,))], tmp_path, 0.0, None) == 0
     assert "the time is over" in capsys.readouterr().out
     assert len((tmp_path / "decode.jsonl").read_text().splitlines()) == 3
