@@ -2,8 +2,8 @@
 
     python -m bench.decode [--model 7b 13b] [--out bench/results] [--seconds 420] [--profiles DIR]
 
-Figures are printed and written to decode.jsonl as they come, what matters most first; the plot comes at the end, then
-which targets are met, then one line of JSON. Every figure says what it is of: random weights, whose values no time
+Figures are printed and written to decode-MODEL.jsonl as they come, what matters most first; the plot comes at the end,
+then which targets are met, then one line of JSON. Every figure says what it is of: random weights, whose values no time
 hangs on; replayed acceptance, where a draft that costs what an EAGLE head costs knows the answer and lies at a set
 rate; or the demo, widened to that size, whose head accepts as it does. When the time is over the rest stays unmeasured.
 
@@ -33,7 +33,7 @@ from bench.machine import machine
 
 Section = Callable[[Run], Iterator[Figure]]
 
-#: Parts of a run, what matters most first; memory before transformers takes any.
+#: Parts of a run, what matters most first: memory before transformers takes any, a compiler that takes minutes last.
 SECTIONS: tuple[Section, ...] = (
     speeds.autoregressive,
     rounds.verification,
@@ -42,9 +42,9 @@ SECTIONS: tuple[Section, ...] = (
     speeds.transformers_eager,
     host.host_side,
     replay.replayed,
+    widened.widened_demo,
+    speeds.transformers_compiled,
 )
-#: What comes when all models had these: it takes another model, or a compiler that takes minutes.
-LATER: tuple[Section, ...] = (widened.widened_demo, speeds.transformers_compiled)
 
 
 def figures_of(make: Callable[[], Run], name: str, sections: Sequence[Section], failed: list[str]) -> Iterator[Figure]:
@@ -63,22 +63,24 @@ def figures_of(make: Callable[[], Run], name: str, sections: Sequence[Section], 
             failed.append(f"{name}: {section.__name__}")
 
 
-def measure(turns: Sequence[tuple[Size, Sequence[Section]]], out: Path, seconds: float, profiles: Path | None) -> int:
+def measure(
+    sizes: Sequence[Size], sections: Sequence[Section], out: Path, seconds: float, profiles: Path | None
+) -> int:
     """Figures, files and targets; 1 where a section failed or a target is missed, else 0.
 
     Args:
-        turns: models, and which sections each has when it is made.
-        out: the folder that the files go to.
+        sizes: models, one after the other.
+        sections: what each is measured in.
+        out: the files' path, without what they end in.
         seconds: no figure is begun later than this.
         profiles: the folder that profiles stay in; None: they do not.
     """
-    ends, found, failed = time.monotonic() + seconds, Found(), list[str]()
-    sizes = list({size.name: size for size, _ in turns}.values())
+    began, found, failed = time.monotonic(), Found(), list[str]()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bandwidth, rate = limits_of(device)
     about = machine() | {"cuda": torch.version.cuda, "bandwidth": bandwidth, "rate": rate}
     print(f"{about['gpu'] or about['cpu']}: copies at {bandwidth / 1e12:.3g} TB/s\n\n{report.HEAD}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     def run_of(size: Size) -> Run:
         memory.begin()  # what is left of the model before
@@ -87,15 +89,16 @@ def measure(turns: Sequence[tuple[Size, Sequence[Section]]], out: Path, seconds:
         return Run(subject, bandwidth, rate, found, profiles)
 
     stopped = False
-    with (out / "decode.jsonl").open("w") as file:
+    with Path(f"{out}.jsonl").open("w") as file:
         write_line(file, about)
         with contextlib.suppress(KeyboardInterrupt):  # who waits no longer gets what there is
-            for size, sections in turns:
+            for size in sizes:
                 for figure in figures_of(lambda size=size: run_of(size), size.name, sections, failed):
                     found.figures.append(figure)
                     print(report.row(figure), flush=True)
-                    write_line(file, report.as_json(figure))
-                    if stopped := time.monotonic() > ends:
+                    passed = time.monotonic() - began
+                    write_line(file, report.as_json(figure) | {"seconds": round(passed, 1)})
+                    if stopped := passed > seconds:
                         break
                 if stopped:
                     break
@@ -105,7 +108,7 @@ def measure(turns: Sequence[tuple[Size, Sequence[Section]]], out: Path, seconds:
         print("\nStopped before the end: the time is over")
     if failed:
         print("\nFailed:", *failed, sep="\n  ")
-    if not report.plot(sizes, found, f"{about['gpu'] or about['cpu']}, {about['commit']}", out / "decode.png"):
+    if not report.plot(sizes, found, f"{about['gpu'] or about['cpu']}, {about['commit']}", Path(f"{out}.png")):
         print("\nNo plot: matplotlib cannot be imported")
     print()
     for each in standing:
@@ -136,8 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and any(size.judged for size in sizes):
         compute(sizes)
         return 0
-    turns = [(size, SECTIONS) for size in sizes] + [(size, LATER) for size in sizes]
-    return measure(turns, options.out, options.seconds, options.profiles)
+    return measure(
+        sizes, SECTIONS, options.out / "-".join(["decode", *options.model]), options.seconds, options.profiles
+    )
 
 
 if __name__ == "__main__":

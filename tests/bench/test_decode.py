@@ -26,10 +26,10 @@ def ran(tmp_path_factory) -> tuple[int, list[dict]]:
     """The exit status of a whole run on the tiny model, and its lines."""
     out = tmp_path_factory.mktemp("out")
     status = command.main(["--model", "tiny", "--out", str(out), "--profiles", str(out / "profiles")])
-    assert (out / "decode.png").stat().st_size > 0
+    assert (out / "decode-tiny.png").stat().st_size > 0
     profiles = {host.file_of("tiny", name) for name in (rounds.STEP, *HEADS)}
     assert {path.name for path in (out / "profiles").iterdir()} == profiles
-    return status, [json.loads(line) for line in (out / "decode.jsonl").read_text().splitlines()]
+    return status, [json.loads(line) for line in (out / "decode-tiny.jsonl").read_text().splitlines()]
 
 
 def test_a_run_tells_everything_and_fails_at_nothing(ran):
@@ -205,12 +205,12 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
 
     monkeypatch.setattr(report, "plot", lambda *args: False)
     monkeypatch.setattr(command, "limits_of", lambda device: (1e10, None))
-    assert command.measure([(SIZES["tiny"], (broken, whole))], tmp_path, 60.0, None) == 1
+    assert command.measure([SIZES["tiny"]], (broken, whole), tmp_path / "new" / "decode", 60.0, None) == 1
     said = capsys.readouterr()
     assert "RuntimeError: it broke" in said.err
     assert "tiny: broken" in said.out
     assert "No plot" in said.out
-    _, before, after, last = map(json.loads, (tmp_path / "decode.jsonl").read_text().splitlines())
+    _, before, after, last = map(json.loads, (tmp_path / "new" / "decode.jsonl").read_text().splitlines())
     assert (before["name"], after["name"], last["failed"]) == ("before", "after", ["tiny: broken"])
 
 
@@ -221,9 +221,9 @@ def test_a_run_stops_in_time_and_says_so(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report, "plot", lambda *args: True)
     monkeypatch.setattr(command, "limits_of", lambda device: (1e10, None))
-    assert command.measure([(SIZES["tiny"], (endless,))], tmp_path, 0.0, None) == 0
+    assert command.measure([SIZES["tiny"]], (endless,), tmp_path / "new" / "decode", 0.0, None) == 0
     assert "the time is over" in capsys.readouterr().out
-    assert len((tmp_path / "decode.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "new" / "decode.jsonl").read_text().splitlines()) == 3
 
 
 def test_what_cannot_be_had_says_why():
