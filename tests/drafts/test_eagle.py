@@ -110,18 +110,6 @@ def test_a_reduced_vocabulary_proposes_only_what_it_holds(specvlm, monkeypatch):
         torch.testing.assert_close(tree.scores, other.scores)
 
 
-def test_a_reduced_vocabulary_takes_the_bias_of_its_rows():
-    model = tiny_llava()
-    model.lm_head = torch.nn.Linear(128, VOCAB)
-    ids = list(range(100, 180, 2))
-    torch.nn.init.normal_(model.lm_head.bias)
-    model.lm_head.bias.data[102] = -torch.inf
-    draft = random_draft(SpecVLM(model), vocabulary=ids)
-    hidden = torch.randn(1, 3, 128)
-    torch.testing.assert_close(draft.logits(hidden), model.lm_head(hidden)[..., ids])
-    assert any(held is draft._reduced[1] for held in draft.held())
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
