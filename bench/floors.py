@@ -82,12 +82,27 @@ def layer_weights(sizes: Sizes, itemsize: int = 2) -> int:
     return itemsize * sizes.hidden * (attention + 3 * sizes.inner + 2)
 
 
+def layer_kv(sizes: Sizes, context: int, itemsize: int = 2) -> int:
+    """Bytes of one layer's keys and values of `context` stored tokens."""
+    return 2 * itemsize * sizes.kv_heads * sizes.head_dim * context
+
+
+def head_weights(sizes: Sizes, itemsize: int = 2) -> int:
+    """Bytes of the output head and the last norm."""
+    return itemsize * sizes.hidden * (sizes.vocabulary + 1)
+
+
+def step_bytes(sizes: Sizes, context: int, itemsize: int = 2) -> int:
+    """Bytes that one step reads, behind `context` stored tokens."""
+    layer = layer_weights(sizes, itemsize) + layer_kv(sizes, context, itemsize)
+    return sizes.layers * layer + head_weights(sizes, itemsize)
+
+
 def floor_of(sizes: Sizes, context: int = CONTEXT) -> Floor:
     """What a step of a model cannot help."""
-    weights, kv = layer_weights(sizes), 2 * 2 * sizes.kv_heads * sizes.head_dim * context
-    head = 2 * sizes.hidden * (sizes.vocabulary + 1)
-    total = sizes.layers * (weights + kv) + head
-    return Floor(sizes.name, len(LAUNCHES), weights, kv, head, total / COPY_BANDWIDTH * 1e3)
+    milliseconds = step_bytes(sizes, context) / COPY_BANDWIDTH * 1e3
+    parts = layer_weights(sizes), layer_kv(sizes, context), head_weights(sizes)
+    return Floor(sizes.name, len(LAUNCHES), *parts, milliseconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """What a machine with a GPU is asked for, in stages of less than 8 minutes: ``python3 -m bench.gpu_check STAGE``.
 
-    kernels     the GPU's tests, then the benchmark of the kernels, which ends in which targets are met
+    kernels     the kernels' tests, then their benchmark, which ends in which targets are met
+    exact       every other test that needs a GPU: answers, states and graphs against transformers
+    decode      the benchmark of whole decoding in full size, likewise
     sanitize    compute-sanitizer's memcheck and racecheck over one run of every kernel
 
 Runs with the python3 and the packages that are there and installs nothing. The exit status is 1 where anything failed.
@@ -42,26 +44,44 @@ def step(name: str, command: Sequence[str], seconds: float) -> bool:
     return status == 0
 
 
+def tests(*where: str) -> list[str]:
+    """The command that runs the GPU's tests there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", *where]
+    return command + ["-n", WORKERS] * (importlib.util.find_spec("xdist") is not None)
+
+
+def benchmark(name: str, began: float) -> bool:
+    """Runs a benchmark for what is left of the stage; it looks at the clock in between."""
+    left = STAGE_SECONDS - (time.monotonic() - began)
+    # The interrupt is for a compiler that takes longer than the benchmark.
+    command = [sys.executable, "-m", name, "--seconds", f"{left - 2 * GRACE:.0f}"]
+    return step("benchmark", command, left - GRACE)
+
+
 def kernels() -> bool:
     """Tests first; the benchmark's own gate stands before its figures, so it runs in any case."""
     began = time.monotonic()
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests"]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", WORKERS]
-    passed = step("GPU tests", tests, TEST_SECONDS)
-    left = STAGE_SECONDS - (time.monotonic() - began)
-    # The interrupt is for a compiler that takes longer than the benchmark, which looks at the clock in between.
-    command = [sys.executable, "-m", "bench.kernels", "--seconds", f"{left - 2 * GRACE:.0f}"]
-    return step("benchmark", command, left - GRACE) and passed
+    passed = step("GPU tests", tests("tests/kernels"), TEST_SECONDS)
+    return benchmark("bench.kernels", began) and passed
+
+
+def exact() -> bool:
+    """All but the kernels'."""
+    return step("GPU tests", [*tests("tests"), "--ignore", "tests/kernels"], STAGE_SECONDS)
+
+
+def decode() -> bool:
+    """A benchmark alone, which needs all the time there is; `exact` says whether what it times is right."""
+    return benchmark("bench.decode", time.monotonic())
 
 
 def sanitize() -> bool:
     """The tests that need minutes each are marked slow, and left to this stage."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu and slow", "tests/kernels/test_sanitizer.py"]
-    return step("compute-sanitizer", tests, STAGE_SECONDS)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu and slow", "tests/kernels/test_sanitizer.py"]
+    return step("compute-sanitizer", command, STAGE_SECONDS)
 
 
-STAGES: dict[str, Callable[[], bool]] = {"kernels": kernels, "sanitize": sanitize}
+STAGES: dict[str, Callable[[], bool]] = {"kernels": kernels, "exact": exact, "decode": decode, "sanitize": sanitize}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,7 +90,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"STAGE: expected {' or '.join(STAGES)}, got {' '.join(arguments) or 'nothing'}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print("gpu-check: expected a CUDA device, found none; `python -m bench.kernels` prints floors", file=sys.stderr)
+        print(
+            "gpu-check: expected a CUDA device, found none; `python -m bench.kernels` and `bench.decode` print floors",
+            file=sys.stderr,
+        )
         return 2
     return int(not STAGES[arguments[0]]())
 

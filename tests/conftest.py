@@ -8,6 +8,10 @@ import torch
 # Tests run several at a time, and tiny models gain nothing from a second thread.
 torch.set_num_threads(1)
 
+# What is held to float32, token for token, is float32 on a GPU, too.
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -110,7 +110,7 @@ def _widened(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def prompt_for(model: PreTrainedModel, images: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Random text around `images` random pictures, as a processor would give it."""
+    """Random text around `images` random pictures, as a processor would give it, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(5, VOCAB, (2, 6), generator=generator).tolist()
     inputs: dict[str, Tensor] = {}
@@ -121,13 +121,14 @@ def prompt_for(model: PreTrainedModel, images: int = 1, seed: int = 0) -> dict[s
             inputs["image_sizes"] = torch.tensor([[50, 60], [40, 64]][:images])
         else:
             inputs["pixel_values"] = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=generator)
+        inputs = {name: one.to(model.device) for name, one in inputs.items()}
         with torch.no_grad():
             features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
         rows = [len(one) for one in features]
     ids = [1, *text[0]]
     for count in rows:
         ids += [IMAGE_TOKEN] * count + [5]
-    inputs["input_ids"] = torch.tensor([ids + text[1]])
+    inputs["input_ids"] = torch.tensor([ids + text[1]], device=model.device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return inputs
 

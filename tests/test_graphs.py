@@ -1,6 +1,7 @@
 """Steps of a round that are recorded once and replayed: the same answers, and none disturbs another."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -304,3 +305,25 @@ def test_two_hundred_answers_neither_record_anew_nor_grow():
     assert sum(desk.recordings for desk in specvlm.target._desks.values()) == recordings
     assert max(memory[10:]) <= memory[9] + 2**20
     assert recorder.bytes < 2**30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_round_waits_for_the_host_once(temperature):
+    model = tiny_llava(num_key_value_heads=2).to("cuda", torch.bfloat16)
+    specvlm = SpecVLM.from_target(LlamaTarget(model))
+    options = prompt_for(model) | {"temperature": temperature, "max_new_tokens": 80}
+    for draft in (None, *drafts_of(specvlm)[::2]):
+        specvlm.warm_up(**options, draft=draft)
+        rounds = specvlm.stream(**options, draft=draft)
+        for _ in range(6):  # the prompt is checked, and the first round has a shape of its own
+            next(rounds)
+        for _ in range(4):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    next(rounds)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            assert len([one for one in told if "synchroniz" in str(one.message)]) == 1

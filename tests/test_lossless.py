@@ -39,10 +39,14 @@ MODELS = [
 ]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda params: "-".join(map(str, params)))
+CASES = [(*model, "cpu") for model in MODELS]
+CASES += [pytest.param((*model, "cuda"), marks=pytest.mark.gpu) for model in MODELS[:3]]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda params: "-".join(map(str, params)))
 def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    family, language, kv_heads, images = request.param
-    model = tiny_llava(family, language, num_key_value_heads=kv_heads)
+    family, language, kv_heads, images, device = request.param
+    model = tiny_llava(family, language, num_key_value_heads=kv_heads).to(device)
     return model, prompt_for(model, images)
 
 

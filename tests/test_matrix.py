@@ -106,10 +106,17 @@ DRAFTS = {
 CELLS = list(product(DRAFTS, POLICIES, (0.0, 1.0)))
 
 
-@pytest.fixture(scope="module", params=[("llava", "llama", 2), ("llava_next", "mistral", 4)], ids=lambda p: p[0])
+MODELS = [
+    ("llava", "llama", 2, "cpu"),
+    ("llava_next", "mistral", 4, "cpu"),
+    pytest.param(("llava", "llama", 2, "cuda"), marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda params: f"{params[0]}-{params[-1]}")
 def specvlm(request: pytest.FixtureRequest) -> SpecVLM:
-    family, language, kv_heads = request.param
-    return SpecVLM(tiny_llava(family, language, num_key_value_heads=kv_heads))
+    family, language, kv_heads, device = request.param
+    return SpecVLM(tiny_llava(family, language, num_key_value_heads=kv_heads).to(device))
 
 
 @pytest.mark.parametrize(

@@ -427,14 +427,14 @@ def test_an_unknown_op_is_refused(capsys):
 # Stages.
 
 
-@pytest.mark.parametrize("stage", [["decode"], ["exact"], [""], [], ["kernels", "sanitize"]])
+@pytest.mark.parametrize("stage", [["memory"], ["decodes"], [""], [], ["kernels", "sanitize"]])
 def test_a_stage_that_does_not_exist_is_refused(stage, capsys):
     assert gpu_check.main(stage) == 2
-    assert "STAGE: expected kernels or sanitize, got" in capsys.readouterr().err
+    assert "STAGE: expected kernels or exact or decode or sanitize, got" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("stage", ["kernels", "sanitize"])
+@pytest.mark.parametrize("stage", gpu_check.STAGES)
 def test_a_stage_needs_a_gpu(stage, capsys):
     assert gpu_check.main([stage]) == 2
     assert "expected a CUDA device, found none" in capsys.readouterr().err
@@ -455,8 +455,13 @@ def test_a_stage_runs_everything_and_fails_if_a_part_does(monkeypatch):
         ran.clear()
         assert gpu_check.main(["kernels"]) == status
         assert [command[1] for command in ran] == ["pytest", "bench.kernels"]
-    failing[0] = "compute-sanitizer"
-    assert gpu_check.main(["sanitize"]) == 1
+        assert "tests/kernels" in ran[0]
+    for stage, failing[0] in (("sanitize", "compute-sanitizer"), ("exact", "GPU tests"), ("decode", "benchmark")):
+        ran.clear()
+        assert gpu_check.main([stage]) == 1
+        assert len(ran) == 1
+        failing[0] = None
+        assert gpu_check.main([stage]) == 0
 
 
 def test_a_step_ends_in_time(capfd, monkeypatch):

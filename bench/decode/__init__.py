@@ -1,0 +1,1 @@
+"""Times whole decoding, in full size: see `python -m bench.decode --help`."""
