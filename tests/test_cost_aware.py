@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from specvlm import SpecVLM
 from specvlm.cost_aware import CostAware, Costs, Rates, best_shape, costs_of
 from specvlm.drafts import EagleConfig, EagleDraft, EagleHead, NGramDraft, VLMDraft
+from specvlm.drafts.eagle import EagleDecoder
 from specvlm.policies import Outcome
 from specvlm.targets.hf import HFTarget
 from specvlm.tree import BUCKETS, Plan
@@ -175,13 +176,13 @@ def test_costs_are_measured_once_by_the_clock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(target, "verify", slow)
     head = EagleHead(EagleConfig.for_target(target.spec, intermediate_size=64))
-    forward = head.forward
+    forward = EagleDecoder.__call__
 
     def slow_forward(*args):
         now[0] += 3
         return forward(*args)
 
-    monkeypatch.setattr(head, "forward", slow_forward)
+    monkeypatch.setattr(EagleDecoder, "__call__", slow_forward)
     draft = EagleDraft(head)
     cache = tmp_path / "cache" / "costs.json"
     costs = costs_of(target, draft, cache=cache, clock=lambda: now[0])
