@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from specvlm import SpecVLM, load
+from specvlm.graphs import PLAIN_DESK
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget, target_for
@@ -61,7 +62,7 @@ def test_features_are_the_inputs_of_the_layers_tapped(taps):
     model = tiny_llava(num_hidden_layers=2)
     own, theirs, prompt = LlamaTarget(model), HFTarget(model), prompt_for(model)
     for target in (own, theirs):
-        target.seen = target._merge(prompt["input_ids"], prompt)[0]
+        target.seen = target._merge(prompt["input_ids"], prompt, PLAIN_DESK)[0]
     step = llama.AttentionStep(torch.zeros(1, dtype=torch.int32), None)
     positions = torch.arange(own.seen.shape[1], dtype=torch.int32)[None]
     with torch.no_grad():
