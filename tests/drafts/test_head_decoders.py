@@ -166,11 +166,29 @@ def test_weights_of_8_bits_move_outputs_by_what_they_lose(specvlm, case, rows):
     torch.testing.assert_close(hidden, draft.head(pairs, slab, step), rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_whose_modules_are_more_than_weights_drafts_by_them(specvlm):
+    prompt, seen = prompt_for(specvlm.target.model), []
+    draft, adapted, plain = eagle(specvlm), eagle(specvlm), eagle(specvlm)
+    draft.head.layers[0].mlp.register_forward_hook(lambda *args: seen.append(args))
+    adapted.head.layers[0].self_attn.q_proj = torch.nn.Sequential(adapted.head.layers[0].self_attn.q_proj)
+    histogram = specvlm.generate(**prompt, max_new_tokens=20, draft=plain).stats.accepted_histogram
+    for one, reason in (
+        (draft, "hooks: expected none, got one on layers.0.mlp"),
+        (adapted, "projections: expected Linear, got Sequential"),
+    ):
+        assert one.recording is None
+        assert specvlm.generate(**prompt, max_new_tokens=20, draft=one).stats.accepted_histogram == histogram
+        with pytest.raises(ValueError, match=f"eagle e4m3: {reason}"):
+            one.quantized().bind(specvlm.target)
+    assert seen
+    assert plain.recording is not None
+
+
 @pytest.mark.parametrize("make", [eagle, eagle3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_of_8_bits_leaves_the_answer_as_it_is(specvlm, make, temperature):
     vocabulary = [*range(7, 100, 5), *range(130, 320, 3)]
-    prompt = prompt_for(specvlm.target.model) | {"temperature": temperature, "max_new_tokens": 40}
+    prompt = prompt_for(specvlm.target.model) | {"temperature": temperature, "max_new_tokens": 20}
     expected = specvlm.generate(**prompt).tokens
     for draft in (make(specvlm).quantized(), make(specvlm, vocabulary=vocabulary).quantized()):
         assert specvlm.generate(**prompt, draft=draft).tokens == expected

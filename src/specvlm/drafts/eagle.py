@@ -63,6 +63,10 @@ class EagleHead(PairHead):
         if config.draft_vocab_size is not None:
             self.register_buffer("vocabulary", torch.arange(config.draft_vocab_size))
 
+    @property
+    def layer(self) -> Any:
+        return self.layers[0]
+
     def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; the pairs' `hidden` are post-final-norm features, or outputs."""
         joined = self.fc(torch.cat([pairs.embeds, pairs.hidden], dim=-1))
@@ -158,7 +162,7 @@ class EagleDraft(PairDraft):
         return Weight(rows.detach()), None if bias is None else bias.detach()
 
     def fused(self) -> EagleDecoder:
-        layer: Any = self.head.layers[0]
+        layer = self.head.layer
         norm, bias = layer.input_layernorm, self.head.fc.bias
         return EagleDecoder(
             fc=Weight(self.head.fc.weight.detach()),

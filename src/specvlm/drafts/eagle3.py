@@ -14,6 +14,7 @@ Source: EAGLE-3 (Li et al., 2025).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,10 @@ class Eagle3Head(PairHead):
         self.lm_head = nn.Linear(width, rows, bias=False)
         self.register_buffer("d2t", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < rows)
+
+    @property
+    def layer(self) -> Any:
+        return self.midlayer
 
     @property
     def vocabulary(self) -> Tensor:

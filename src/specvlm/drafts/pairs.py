@@ -8,12 +8,12 @@ Source: EAGLE (Li et al., 2024).
 """
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -24,7 +24,7 @@ from specvlm.drafts.heads import Head, HeadConfig, HeadDraft
 from specvlm.state import DecodeState, Step
 from specvlm.targets.base import Prompt, Target
 from specvlm.targets.hf_attention import AttentionStep
-from specvlm.targets.llama_layers import Weight, rotary_tables
+from specvlm.targets.llama_layers import Weight, hooks_why_not, layer_why_not, rotary_tables
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 
@@ -82,6 +82,7 @@ class PairHead(Head):
     """
 
     config: PairConfig
+    fc: nn.Linear
 
     def __init__(self, config: PairConfig) -> None:
         super().__init__(config)
@@ -90,6 +91,11 @@ class PairHead(Head):
         self.compressor = (
             compressor.build(config.hidden_size) if isinstance(compressor, CompressorConfig) else Compressor()
         )
+
+    @property
+    def layer(self) -> Any:
+        """Its decoder layer."""
+        raise NotImplementedError
 
     def fuse(self, features: Tensor) -> Tensor:
         """What pairs are made of, [B, T, H], from the target's features [B, T, F]: the features, unless it fuses."""
@@ -178,6 +184,9 @@ class PairDraft(HeadDraft):
 
     def fit(self, target: Target) -> None:
         self._tables = rotary_tables(self.head.rotary, target.spec.context, self.head.config.head_dim)
+        reason = self.why_not() if self.e4m3 else None
+        if reason is not None:
+            raise ValueError(f"{self.kind} e4m3: {reason}")
         self._small = self.fused().quantized() if self.e4m3 else None
         self._output = self.output_rows(target)
         if self._output is not None and self.e4m3:
@@ -189,9 +198,24 @@ class PairDraft(HeadDraft):
         not."""
         raise NotImplementedError
 
-    def decoder(self) -> PairDecoder:
-        """The head's forward without gradients, with its weights as they lie now."""
-        return self.fused() if self._small is None else self._small
+    def decoder(self) -> Callable[[Pairs, Tensor, AttentionStep], Tensor]:
+        """The head's forward without gradients, with its weights as they lie now; its modules', where they are more
+        than weights."""
+        if self._small is not None:
+            return self._small
+        return self.head if self.why_not() else self.fused()
+
+    def why_not(self) -> str | None:
+        """What keeps the kernels from the head's forward, as "name: expected X, got Y"; None: nothing."""
+        fc = type(self.head.fc)
+        if fc is not nn.Linear:
+            return f"fc: expected Linear, got {fc.__name__}"
+        return layer_why_not(self.head.layer) or hooks_why_not(self.head, "the head")
+
+    @property
+    def recording(self) -> Hashable:
+        """As `HeadDraft.recording`; None: modules that are more than weights may look at the host."""
+        return None if self.why_not() else super().recording
 
     def fused(self) -> PairDecoder:
         """The forward over the head's own weights, which become views of fused ones."""

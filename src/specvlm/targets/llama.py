@@ -20,7 +20,7 @@ from specvlm.graphs import PLAIN_DESK, CudaRecorder, Desk, Recorder, RecordingDe
 from specvlm.state import capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, head_size
-from specvlm.targets.llama_layers import is_few, layer_of, rotary_tables
+from specvlm.targets.llama_layers import hooks_why_not, is_few, layer_of, layer_why_not, rotary_tables
 from specvlm_kernels import add_rms_norm, linear, pack_ancestors
 
 #: The layers whose mathematics the own decoder is; a subclass may be anything.
@@ -28,9 +28,6 @@ LAYERS: Final = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
 #: How far the own decoder's states may lie from Hugging Face's, over their norm: rounding in 32 layers, and no more.
 AGREEMENT: Final = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-
-#: Whose hooks look on and change nothing: transformers leaves them where it was once asked for hidden states.
-CAPTURING: Final = "transformers.utils.output_capturing"
 
 #: What the check at load sends through both: a prompt, and a tree on top of it.
 _PROMPT: Final = 8
@@ -182,16 +179,8 @@ def why_not(language: PreTrainedModel) -> str | None:
         if type(layer) not in LAYERS:
             names = ", ".join(kind.__name__ for kind in LAYERS)
             return f"layers: expected {names}, got {type(layer).__name__}"
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        for product in (*projections, *others):
-            if type(product) is not nn.Linear:  # an adapter, a quantised weight
-                return f"projections: expected Linear, got {type(product).__name__}"
-        if any(one.bias is not None for one in others):
-            return "bias: expected none but of q, k and v, got one"
-        if len({one.bias is None for one in projections}) > 1:
-            return "bias: expected one for each of q, k and v, or none, got some"
+        if reason := layer_why_not(layer):
+            return reason
     if text.hidden_act != "silu":
         return f"hidden_act: expected silu, got {text.hidden_act}"
     weight = language.layers[0].self_attn.q_proj.weight
@@ -201,8 +190,4 @@ def why_not(language: PreTrainedModel) -> str | None:
             return f"weights: expected all in {weight.dtype} on {weight.device}, got {name} in {place}"
     if weight.dtype not in AGREEMENT:
         return f"dtype: expected {', '.join(map(str, AGREEMENT))}, got {weight.dtype}"
-    for name, module in language.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks) or "forward" in vars(module):
-            return f"hooks: expected none, got one on {name or 'the language model'}"
-    return None
+    return hooks_why_not(language, "the language model")

@@ -6,7 +6,7 @@ on working, and nothing is held twice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from specvlm_kernels import (
 )
 from specvlm_kernels.decoder_linear import FEW_ROWS
 from specvlm_kernels.fp8 import quantize_rows
+
+#: Whose hooks look on and change nothing: transformers leaves them where it was once asked for hidden states.
+CAPTURING: Final = "transformers.utils.output_capturing"
 
 #: Cosines and sines [P, D / 2] fp32, a row a position, and the rows' positions [B, T] int32.
 Rotation = tuple[Tensor, Tensor, Tensor]
@@ -141,6 +144,30 @@ def layer_of(layer: Any) -> LlamaLayer:
         eps=float(layer.post_attention_layernorm.variance_epsilon),
         scaling=float(attention.scaling),
     )
+
+
+def layer_why_not(layer: Any) -> str | None:
+    """What keeps `layer_of` from a layer of transformers', as "name: expected X, got Y"; None: nothing."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    others = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    for one in (*projections, *others):
+        if type(one) is not nn.Linear:  # an adapter, a quantised weight
+            return f"projections: expected Linear, got {type(one).__name__}"
+    if any(one.bias is not None for one in others):
+        return "bias: expected none but of q, k and v, got one"
+    if len({one.bias is None for one in projections}) > 1:
+        return "bias: expected one for each of q, k and v, or none, got some"
+    return None
+
+
+def hooks_why_not(module: nn.Module, itself: str) -> str | None:
+    """What of a module's forward, called `itself`, its weights do not tell, as in `layer_why_not`; None: nothing."""
+    for name, part in module.named_modules():
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks) or "forward" in vars(part):
+            return f"hooks: expected none, got one on {name or itself}"
+    return None
 
 
 @torch.no_grad()
