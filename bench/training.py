@@ -102,7 +102,8 @@ def trained(corpus: Corpus, name: str, seed: int, batches: int, work: Path, thre
     """Trains a variant, or finds it trained: tau and what the training told after every epoch."""
     folder = folder_of(corpus, name, seed, batches, work)
     if (folder / "epochs.json").exists():
-        return json.loads((folder / "epochs.json").read_text())
+        kept = json.loads((folder / "epochs.json").read_text())
+        return {part: kept[part] for part in ("variant", "seed", "epochs")}
     torch.set_num_threads(threads)
     model, variant = corpus.model(), VARIANTS[name]
     target = cast(HFTarget, model.target)
