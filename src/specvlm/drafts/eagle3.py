@@ -25,7 +25,7 @@ from specvlm.drafts.heads import checked_taps, sizes_like
 from specvlm.drafts.pairs import Output, PairConfig, PairDraft, PairHead, Pairs
 from specvlm.targets.base import Target, TargetSpec
 from specvlm.targets.hf_attention import AttentionStep, slab_cache
-from specvlm.targets.llama_layers import LlamaLayer, Weight, is_few, layer_of, product
+from specvlm.targets.llama_layers import LlamaLayer, Weight, is_few, layer_of, product, through
 from specvlm.vocabulary import check_ids, check_vocabulary
 from specvlm_kernels import add_rms_norm
 
@@ -98,7 +98,7 @@ class Eagle3Head(PairHead):
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, T, H] from the taps' features, concatenated."""
-        return product(features, Weight(self.fc.weight))
+        return through(self.fc, features)
 
     def forward(self, pairs: Pairs, slab: Tensor | Cache | None, step: AttentionStep) -> Tensor:
         """See `PairHead.forward`; a row that enters as it is stands for both sides of its pair."""
@@ -243,7 +243,7 @@ class Eagle3Draft(PairDraft):
         return self._vocabulary
 
     def logits(self, hidden: Tensor) -> Tensor:
-        norm, output = self.head.norm, self._output or (Weight(self.head.lm_head.weight), None)
+        norm = self.head.norm
         few = is_few(hidden) and not torch.is_grad_enabled()
         normed = add_rms_norm(hidden, None, norm.weight, eps=norm.variance_epsilon)[0] if few else norm(hidden)
-        return product(normed, *output)
+        return through(self.head.lm_head, normed) if self._output is None else product(normed, *self._output)

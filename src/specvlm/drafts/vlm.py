@@ -34,7 +34,7 @@ from specvlm.targets.hf import FAMILIES, picture_tensors
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
 from specvlm.targets.hf_loading import load_whole, reading
 from specvlm.targets.llama import LlamaDecoder, why_not
-from specvlm.targets.llama_layers import Weight, product
+from specvlm.targets.llama_layers import through
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 TEXT_FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -174,8 +174,7 @@ class VLMDraft:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., r] of `forward`'s outputs, over what it can propose."""
-        lm_head = self.model.lm_head
-        return product(hidden, Weight(lm_head.weight), lm_head.bias) if type(lm_head) is nn.Linear else lm_head(hidden)
+        return through(self.model.lm_head, hidden)
 
     def forward(self, embeds: Tensor, positions: Tensor, slab: Tensor | None, step: AttentionStep) -> Tensor:
         """Post-final-norm hidden states [B, T, H] for embeddings [B, T, H].

@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -20,8 +20,8 @@ from specvlm.graphs import PLAIN_DESK, CudaRecorder, Desk, Recorder, RecordingDe
 from specvlm.state import capacity
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.hf_attention import AttentionStep, head_size
-from specvlm.targets.llama_layers import hooks_why_not, is_few, layer_of, layer_why_not, rotary_tables
-from specvlm_kernels import add_rms_norm, linear, pack_ancestors
+from specvlm.targets.llama_layers import hooks_why_not, layer_of, layer_why_not, rotary_tables, through
+from specvlm_kernels import add_rms_norm, pack_ancestors
 
 #: The layers whose mathematics the own decoder is; a subclass may be anything.
 LAYERS: Final = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
@@ -114,10 +114,7 @@ class LlamaTarget(HFTarget):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of post-final-norm hidden states [..., H]; of few rows, by a row's own arithmetic."""
-        lm_head = self.model.lm_head
-        if torch.is_grad_enabled() or not is_few(hidden) or type(lm_head) is not nn.Linear:
-            return super().head(hidden)
-        return linear(hidden, lm_head.weight, lm_head.bias)
+        return through(self.model.lm_head, hidden)
 
     def _desk(self, slab: Tensor) -> Desk:
         if self._recorder is None or torch.is_grad_enabled():

@@ -129,6 +129,13 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight.values, bias, weight_scale=weight.scale)
 
 
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """A module's output [..., N] of [..., K]; of a linear layer for few rows, as `product` makes it."""
+    if torch.is_grad_enabled() or not is_few(x) or type(module) is not nn.Linear:
+        return module(x)
+    return linear(x, module.weight, module.bias)
+
+
 def layer_of(layer: Any) -> LlamaLayer:
     """The weights of a decoder layer of transformers', whose projections become views of fused tensors."""
     attention, mlp = layer.self_attn, layer.mlp
