@@ -41,7 +41,7 @@ bench: setup
 
 STAGE ?= kernels
 gpu-check:
-	PYTHONPATH=src:. python3 -m bench.gpu_check $(STAGE)
+	PYTHONPATH=src:. python3 -m bench.gpu_check $(STAGE) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

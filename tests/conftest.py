@@ -9,8 +9,8 @@ import torch
 torch.set_num_threads(1)
 
 # What is held to float32, token for token, is float32 on a GPU, too.
-torch.backends.cuda.matmul.fp32_precision = "ieee"
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

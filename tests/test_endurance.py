@@ -36,7 +36,7 @@ def prompt_of(short: dict[str, Tensor], length: int, seed: int) -> dict[str, Ten
     ids = short["input_ids"]
     generator = torch.Generator().manual_seed(seed)
     more = torch.randint(IMAGE_TOKEN + 1, VOCAB, (1, length - ids.shape[1]), generator=generator)
-    whole = torch.cat([ids, more], dim=1)
+    whole = torch.cat([ids, more.to(ids)], dim=1)
     return short | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
 
 
@@ -77,3 +77,22 @@ def test_answers_of_any_length_need_what_the_first_ten_needed(answers, temperatu
     plain = SpecVLM.from_target(LlamaTarget(model))
     for options, tokens in said:
         assert plain.generate(**options).tokens == tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_of_any_length_neither_record_anew_nor_grow_on_a_gpu(temperature):
+    model = tiny_llava(max_position_embeddings=1024).to("cuda", torch.bfloat16)
+    target = LlamaTarget(model)
+    specvlm = SpecVLM.from_target(target)
+    head = eagle(specvlm, Plan(16, 3, 4))
+    drafts, short, memory, recordings = (None, head, head), prompt_for(model), [], []
+    for i, (length, new_tokens) in enumerate(lengths(200)):
+        settings = {"max_new_tokens": new_tokens, "temperature": temperature, "seed": i}
+        specvlm.generate(**prompt_of(short, length, seed=i), **settings, draft=drafts[i % 3])
+        torch.cuda.synchronize()
+        memory.append(torch.cuda.memory_allocated())
+        recordings.append(sum(desk.recordings for desk in target._desks.values()))
+    assert len(target._desks) == 3, "one of each size"
+    assert recordings[-1] == recordings[9]
+    assert max(memory[10:]) <= memory[9] + 2**20

@@ -33,16 +33,17 @@ from bench.machine import machine
 
 Section = Callable[[Run], Iterator[Figure]]
 
-#: Parts of a run, what matters most first: memory before transformers takes any, a compiler that takes minutes last.
+#: Parts of a run, what matters most first: memory before transformers takes any; the profiler, which may slow what
+#: comes behind it, and a compiler that takes minutes last.
 SECTIONS: tuple[Section, ...] = (
     speeds.autoregressive,
     rounds.verification,
     rounds.whole_rounds,
     memory.memory,
     speeds.transformers_eager,
-    host.host_side,
     replay.replayed,
     widened.widened_demo,
+    host.host_side,
     speeds.transformers_compiled,
 )
 

@@ -84,9 +84,6 @@ class Size:
         return self.text + self.image_tokens
 
 
-_TREE = Plan(nodes=64, depth=6, width=10)
-
-
 def _full(language: Sizes) -> Size:
     """Prompt, answer and a tree fit a slab of 1024 slots."""
     tree = Plan(nodes=64, depth=6, width=10)

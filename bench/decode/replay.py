@@ -80,7 +80,7 @@ def _speedups(run: Run, tau: float, head: str, draft: "ReplayDraft", answer: Seq
         yield tell.many(over_hf(tau, head), "x", [rate / eager for rate in rates], **measured)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Script:
     """Trees that know an answer, by the position of their root.
 

@@ -12,7 +12,7 @@ from bench.decode.run import PARTS
 from bench.decode.targets import Standing
 from specvlm.tree import BUCKETS
 
-HEAD = "| of | model | part | figure | median | p10 to p90 | unit | facts |\n|---|---|---|---|--:|--:|---|---|"  #
+HEAD = "| of | model | part | figure | median | p10 to p90 | unit | facts |\n|---|---|---|---|--:|--:|---|---|"
 
 
 def row(figure: Figure) -> str:

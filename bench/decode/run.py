@@ -102,8 +102,8 @@ def a_round(subject: Subject, state: DecodeState, session: DraftSession, note: C
 def timed_rounds(subject: Subject, draft: Draft, rounds: int) -> dict[str, list[float]]:
     """Seconds of each part of some rounds, and of each round as a whole.
 
-    A part lasts until the device begins the next one: so commit includes the tokens' way to the host, and what the
-    host does until the next round's first kernel runs.
+    A part lasts until the device begins the next one. The device stands idle when a round begins: so growth includes
+    what the host does until its first kernel runs, and commit the tokens' way to the host.
     """
     found: dict[str, list[float]] = {part: [] for part in (*PARTS, WHOLE)}
     while len(found[WHOLE]) < rounds:

@@ -42,7 +42,7 @@ def widened_demo(run: Run) -> Iterator[Figure]:
     passes = [_answers(wide, asked, drafts) for _ in range(1 + (size.answers + 1) // 2)][1:]
     plain = [found[None] for found in passes]
     equal = sum(one.tokens == other for one, other in zip(plain[0], expected, strict=True))
-    yield tell.one(EQUAL, f"of {len(asked)}", equal)
+    yield tell.one(EQUAL, f"of {len(asked)}", equal, dtype=str(made["dtype"]).removeprefix("torch."))
     yield tell.many(AR, "tokens/s", [_rate(answers) for answers in plain])
     for name in drafts:
         mine = [found[name] for found in passes]

@@ -151,6 +151,8 @@ class CudaRecorder:
 
     def __call__(self, call: Callable[[], Any]) -> Callable[[], None]:
         with self._lock, torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # as the capture does, which would hide what the pool takes
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
