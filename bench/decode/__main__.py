@@ -48,8 +48,15 @@ SECTIONS: tuple[Section, ...] = (
 )
 
 
-def figures_of(make: Callable[[], Run], name: str, sections: Sequence[Section], failed: list[str]) -> Iterator[Figure]:
-    """The figures of one model; a section that fails is told with its traceback, and the others go on."""
+def figures_of(
+    make: Callable[[], Run], name: str, sections: Sequence[Section], failed: list[str], late: Callable[[], bool]
+) -> Iterator[Figure]:
+    """The figures of one model; a section that fails is told with its traceback, and the others go on.
+
+    When it is `late`, nothing more is begun.
+    """
+    if late():
+        return
     try:
         run = make()
     except Exception:
@@ -57,6 +64,8 @@ def figures_of(make: Callable[[], Run], name: str, sections: Sequence[Section], 
         failed.append(f"{name}: making it")
         return
     for section in sections:
+        if late():
+            return
         try:
             yield from section(run)
         except Exception:
@@ -89,20 +98,23 @@ def measure(
         memory.begin()
         return Run(subject, bandwidth, rate, found, profiles)
 
+    def late() -> bool:
+        nonlocal stopped
+        stopped = time.monotonic() - began > seconds
+        return stopped
+
     stopped = False
     with Path(f"{out}.jsonl").open("w") as file:
         write_line(file, about)
         with contextlib.suppress(KeyboardInterrupt):  # who waits no longer gets what there is
             for size in sizes:
-                for figure in figures_of(lambda size=size: run_of(size), size.name, sections, failed):
+                for figure in figures_of(lambda size=size: run_of(size), size.name, sections, failed, late):
                     found.figures.append(figure)
                     print(report.row(figure), flush=True)
-                    passed = time.monotonic() - began
-                    write_line(file, report.as_json(figure) | {"seconds": round(passed, 1)})
+                    passed = round(time.monotonic() - began, 1)
+                    write_line(file, report.as_json(figure) | {"seconds": passed})
                     if stopped := passed > seconds:
                         break
-                if stopped:
-                    break
         standing = standings(sizes, found)
         write_line(file, {"targets": [report.standing_as_json(each) for each in standing], "failed": failed})
     if stopped:

@@ -93,8 +93,8 @@ def hf_rates(subject: Subject, **options: Any) -> list[float]:
         asked = subject.prompt | options
         return seconds_of(lambda: model.generate(**asked, do_sample=False, max_new_tokens=count), subject.device)
 
-    for _ in range(2):  # compiles, where it compiles, and records
-        seconds(tokens)
+    for count in (tokens, fewer) * 2:  # compiles, where it compiles, and records
+        seconds(count)
     long = [seconds(tokens) for _ in range(subject.size.answers)]
     short = sorted(seconds(fewer) for _ in range(subject.size.answers))[subject.size.answers // 2]
     return [(tokens - fewer) / (each - short) for each in long]

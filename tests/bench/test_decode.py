@@ -1,6 +1,7 @@
 """The benchmark of whole decoding: all of it on a tiny model, its logic on invented figures and traces."""
 
 import json
+import time
 from collections import Counter
 from itertools import islice
 
@@ -217,13 +218,16 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
 def test_a_run_stops_in_time_and_says_so(tmp_path, monkeypatch, capsys):
     def endless(run):
         while True:
+            time.sleep(1.1)
             yield Teller(Kind.RANDOM, "tiny", "endless").one("again", "x", 1.0)
 
     monkeypatch.setattr(report, "plot", lambda *args: True)
     monkeypatch.setattr(command, "limits_of", lambda device: (1e10, None))
-    assert command.measure([SIZES["tiny"]], (endless,), tmp_path / "new" / "decode", 0.0, None) == 0
-    assert "the time is over" in capsys.readouterr().out
-    assert len((tmp_path / "new" / "decode.jsonl").read_text().splitlines()) == 3
+    monkeypatch.setattr(command, "random_subject", lambda size, device: None)
+    for seconds, figures in ((1.0, 1), (0.0, 0)):
+        assert command.measure([SIZES["tiny"]], (endless,), tmp_path / "new" / "decode", seconds, None) == 0
+        assert "the time is over" in capsys.readouterr().out
+        assert len((tmp_path / "new" / "decode.jsonl").read_text().splitlines()) == 2 + figures
 
 
 def test_what_cannot_be_had_says_why():
