@@ -1,5 +1,7 @@
 """Heads that draft through the target's own layer: the outputs of their modules, from weights that are held once."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,9 @@ from specvlm.drafts import EagleDraft
 from specvlm.drafts.pairs import PairDraft, Pairs
 from specvlm.state import capacity
 from specvlm.targets.hf_attention import AttentionStep
+from specvlm.targets.llama_layers import fused
+from specvlm.training import DistillConfig
+from specvlm.training.objectives import objective_of
 from specvlm_kernels import pack_ancestors
 from tests.drafts.test_eagle import random_draft as eagle
 from tests.drafts.test_eagle3 import random_draft as eagle3
@@ -194,3 +199,28 @@ def test_a_draft_of_8_bits_leaves_the_answer_as_it_is(specvlm, make, temperature
         assert specvlm.generate(**prompt, draft=draft).tokens == expected
         assert draft.sizes["e4m3"]
         assert draft.with_vocabulary(vocabulary[:9]).e4m3
+
+
+@pytest.mark.parametrize("make", [eagle, eagle3])
+def test_a_draft_of_8_bits_does_not_learn(specvlm, make):
+    draft = make(specvlm).quantized()
+    draft.bind(specvlm.target)
+    with pytest.raises(ValueError, match="draft: expected one that reads its own weights, got one that reads copies"):
+        objective_of(specvlm.target, draft, DistillConfig(steps=1))
+
+
+def test_threads_that_fuse_the_same_weights_read_the_same_tensor():
+    parameters = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(8)]
+    start, found = threading.Barrier(4), []
+
+    def fuse():
+        start.wait()
+        found.append(fused(parameters).data_ptr())
+
+    threads = [threading.Thread(target=fuse) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) == {parameters[0].data_ptr()}
+    assert len(found) == 4

@@ -4,6 +4,7 @@ q, k and v become one tensor, gate and up another, and the modules' parameters b
 on working, and nothing is held twice.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -197,10 +198,17 @@ def rotary_tables(rotary: nn.Module, count: int, head_dim: int) -> tuple[Tensor,
     return cos, sin
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+#: Answers of several threads may fuse the same weights: the second must find what the first has made.
+_FUSING: Final = threading.Lock()
+
+
 def fused(parameters: Sequence[nn.Parameter]) -> Tensor:
     """One tensor with the rows of all parameters, which become views of it; if they are already, that tensor."""
+    with _FUSING, torch.inference_mode(False), torch.no_grad():
+        return _fused(parameters)
+
+
+def _fused(parameters: Sequence[nn.Parameter]) -> Tensor:
     first, sizes = parameters[0].detach(), [len(parameter) for parameter in parameters]
     places = [parameter.data_ptr() - first.data_ptr() for parameter in parameters]
     row = first[0].nbytes

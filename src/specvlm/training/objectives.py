@@ -234,4 +234,6 @@ def objective_of(target: HFTarget, draft: Draft, config: DistillConfig) -> Objec
     if bound is None or bound.model is not target.model:
         got = "one that is bound to none" if bound is None else "one that is bound to another"
         raise ValueError(f"draft: expected one that is bound to the target, got {got}")
+    if getattr(draft, "e4m3", False):
+        raise ValueError("draft: expected one that reads its own weights, got one that reads copies of 8 bits")
     return OBJECTIVES[type(draft)](target, draft, config)
