@@ -12,7 +12,7 @@ from specvlm.graphs import PLAIN_DESK
 from specvlm.targets import llama
 from specvlm.targets.hf import HFTarget
 from specvlm.targets.llama import LlamaTarget, target_for
-from specvlm.targets.llama_layers import Weight, fused, rotary_tables
+from specvlm.targets.llama_layers import Weight, fused, rotary_tables, through
 from specvlm_kernels import pack_ancestors
 from tests.fakes import ScriptedDraft, prompt_for, tiny_llava, tiny_processor
 
@@ -287,3 +287,16 @@ def test_a_verify_never_waits_for_the_host():
             target.head(hidden)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_hook_on_an_output_head_is_met_by_few_rows_too():
+    model = tiny_llava()
+    layer, seen = torch.nn.Linear(8, 8), []
+    layer.register_forward_hook(lambda *args: seen.append(args))
+    with torch.no_grad():
+        through(layer, torch.zeros(1, 2, 8))
+    assert seen
+    model.lm_head.register_forward_hook(lambda module, given, logits: 2 * logits)
+    with pytest.raises(ValueError, match="own decoder: hooks: expected none, got one on the output head"):
+        LlamaTarget(model)
+    assert type(target_for(model)) is HFTarget

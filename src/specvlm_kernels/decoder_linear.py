@@ -255,8 +255,10 @@ def _linear_parts(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Ten
 
 @_linear_parts.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> torch.Tensor:
-    kernel = takes_kernel("x", x)
-    parts = parts_of(int(weight.shape[0]), int(weight.shape[1]), parts_config(x.dtype, weight.dtype)) if kernel else 1
+    parts = 1
+    if takes_kernel("x", x):
+        with on_device(x):
+            parts = parts_of(int(weight.shape[0]), int(weight.shape[1]), parts_config(x.dtype, weight.dtype))
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(parts, *x.shape[:2], weight.shape[0], dtype=dtype)
 
@@ -298,8 +300,8 @@ def linear(
         return _linear(x, weight, bias, weight_scale)
     if not kernel:
         return reference.linear(x, weight, bias, weight_scale=weight_scale)
-    config = linear_config(triton.cdiv(weight.shape[0], 2), x.dtype, weight.dtype)
     with on_device(x):
+        config = linear_config(triton.cdiv(weight.shape[0], 2), x.dtype, weight.dtype)
         return launch_linear(x, weight, bias, config, None, weight_scale)
 
 
@@ -323,8 +325,8 @@ def linear_parts(x: torch.Tensor, weight: torch.Tensor, *, weight_scale: torch.T
         return _linear_parts(x, weight, weight_scale)
     if not kernel:
         return reference.linear_parts(x, weight, weight_scale=weight_scale)
-    config = parts_config(x.dtype, weight.dtype)
     with on_device(x):
+        config = parts_config(x.dtype, weight.dtype)
         return launch_linear(x, weight, None, config, parts_of(weight.shape[0], weight.shape[1], config), weight_scale)
 
 
@@ -349,6 +351,6 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor, *, weight_scale: torch.T
         return _gated_linear(x, weight, weight_scale)
     if not kernel:
         return reference.gated_linear(x, weight, weight_scale=weight_scale)
-    config = linear_config(weight.shape[0] // 2, x.dtype, weight.dtype)
     with on_device(x):
+        config = linear_config(weight.shape[0] // 2, x.dtype, weight.dtype)
         return launch_gated_linear(x, weight, config, weight_scale)

@@ -1,4 +1,4 @@
-"""A KV cache of 8 bits: float8 e4m3 with one scale a KV head.
+"""Numbers of 8 bits: a KV cache in float8 e4m3 with one scale a KV head, and weights with one a row.
 
 A value x of head h is kept as `e4m3(x / scale[h])` and read as `scale[h] * stored`. Attention never multiplies a key or
 a value by its scale: that of the keys goes into the scale of the scores, that of the values into the result.
@@ -20,6 +20,9 @@ FP8 = torch.float8_e4m3fn
 
 #: Its largest finite number; what is larger is kept as this. It has no infinity.
 FP8_MAX = 448.0
+
+#: Rows of a weight that are in fp32 at a time, while it is quantised or read.
+BLOCK_ROWS = 2048
 
 
 def is_native() -> bool:
@@ -54,9 +57,21 @@ def check_scale(name: str, scale: object, cache: torch.Tensor, batch: int, heads
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [N, K] as e4m3, each row over its scale, and the scales [N] fp32; a row's largest becomes 448."""
-    rows = weight.float()
-    scale = (rows.abs().amax(dim=1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    return (rows / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    values = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for kept, scale, given in zip(*(x.split(BLOCK_ROWS) for x in (values, scales, weight)), strict=True):
+        rows = given.float()
+        scale.copy_((rows.abs().amax(dim=1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
+        kept.copy_((rows / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8))
+    return values, scales
+
+
+def dequantized_rows(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `quantize_rows` made, [N, K] in `dtype`."""
+    weight = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for made, kept, factor in zip(*(x.split(BLOCK_ROWS) for x in (weight, values, scale)), strict=True):
+        made.copy_(kept.float() * factor[:, None])
+    return weight
 
 
 def scale_stride(scale: torch.Tensor | None) -> int:

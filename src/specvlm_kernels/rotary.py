@@ -356,8 +356,8 @@ def rotary_linear(
         return _rotary_linear(*given, k_scale, v_scale, weight_scale)
     if not kernel:
         return reference.rotary_linear(*given, k_scale=k_scale, v_scale=v_scale, weight_scale=weight_scale)
-    config = linear_config(weight.shape[0] // 2, x.dtype, weight.dtype)
     with on_device(x):
+        config = linear_config(weight.shape[0] // 2, x.dtype, weight.dtype)
         return launch_rotary_linear(*given, k_scale, v_scale, config=config, scale=weight_scale)
 
 

@@ -397,3 +397,20 @@ def test_broken_folders(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ValueError, match=r"draft: expected every tensor in .*, got missing_keys \['model.layers.1"):
         load_draft(tmp_path)
+
+
+def test_weights_that_move_or_get_a_hook_behind_the_first_answer_are_followed():
+    specvlm = SpecVLM(tiny_llava())
+    draft, seen = VLMDraft(tiny_lm()), []
+    prompt = prompt_for(specvlm.target.model) | {"max_new_tokens": 8}
+    specvlm.generate(**prompt, draft=draft)
+    before = draft.recording
+    layer = draft.model.model.layers[0]
+    layer.mlp.down_proj.weight.data = torch.zeros_like(layer.mlp.down_proj.weight)
+    draft.bind(specvlm.target)
+    assert draft.recording not in (None, before)
+    assert draft._decoder._layers[0].down.values.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+    layer.register_forward_hook(lambda *args: seen.append(args))
+    specvlm.generate(**prompt, draft=draft)
+    assert seen
+    assert draft.recording is None

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from specvlm_kernels import decoder_linear, fp8, gated_linear, linear, linear_parts, rotary_linear
 from specvlm_kernels.decoder_linear import _gated_linear_kernel, _linear_kernel, linear_config
-from specvlm_kernels.fp8 import FP8, quantize_rows
+from specvlm_kernels.fp8 import BLOCK_ROWS, FP8, dequantized_rows, quantize_rows
 from specvlm_kernels.rotary import _rotary_linear_kernel
 from tests.kernels.test_decoder_linear import check, exact_product, product_case, products
 from tests.kernels.test_rotary import exact_rotation, rotary_products
@@ -182,3 +182,16 @@ def test_kernels_at_a_models_size_in_bf16(rows):
     gate, up = exact.chunk(2, dim=-1)
     plain = silu(plain[..., :2048]) * plain[..., 2048:]
     assert_close([gated_linear(**case)], [silu(gate) * up], [plain])
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK_ROWS, BLOCK_ROWS + 3])
+def test_rows_are_quantised_and_read_one_by_one(rows):
+    """However many there are at a time."""
+    weight = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale = quantize_rows(weight)
+    expected = (weight.float().abs().amax(dim=1) / 448).clamp(min=torch.finfo(torch.float32).tiny)
+    assert torch.equal(scale, expected)
+    divided = (weight.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(values.view(torch.uint8), divided.view(torch.uint8))
+    read = dequantized_rows(values, scale, torch.bfloat16)
+    assert torch.equal(read, (values.float() * scale[:, None]).bfloat16())

@@ -81,6 +81,28 @@ def test_beam_reference(case):
     check_beam(case, "cpu")
 
 
+@pytest.mark.parametrize(("rows", "children", "width"), [(41, 25, 60), (64, 64, 64)])
+def test_beams_of_large_levels(device, rows, children, width):
+    """By programs of several warps."""
+    generator = torch.Generator().manual_seed(0)
+    scores = -torch.randint(0, 40, (2, rows * children), generator=generator).float()
+    case = {
+        "tokens": torch.arange(2 * rows * children).view(2, -1),
+        "scores": scores.masked_fill(scores < -30, -torch.inf),
+        "ancestors": torch.arange(2 * rows).view(2, rows, 1),
+        "width": width,
+        "first_slot": 0,
+    }
+    check_beam(case, device)
+
+
+@pytest.mark.parametrize("op", [select_beam, rerank_tree])
+def test_no_answers_have_no_trees(device, op):
+    case = moved(levels_of(3, 4) if op is select_beam else large_forest(2, 4, 20), device)
+    none = {name: x[:0] if isinstance(x, torch.Tensor) and name != "depths" else x for name, x in case.items()}
+    assert all(not x.numel() and x.shape[1:] == some.shape[1:] for x, some in zip(op(**none), op(**case), strict=True))
+
+
 @st.composite
 def forests(draw):
     """Candidates level by level: a parent stands before its children, and they have no better score."""

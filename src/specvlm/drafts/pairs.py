@@ -184,9 +184,8 @@ class PairDraft(HeadDraft):
 
     def fit(self, target: Target) -> None:
         self._tables = rotary_tables(self.head.rotary, target.spec.context, self.head.config.head_dim)
-        reason = self.why_not() if self.e4m3 else None
-        if reason is not None:
-            raise ValueError(f"{self.kind} e4m3: {reason}")
+        if self.e4m3:
+            self._check_small()
         self._small = self.fused().quantized() if self.e4m3 else None
         self._output = self.output_rows(target)
         if self._output is not None and self.e4m3:
@@ -200,10 +199,20 @@ class PairDraft(HeadDraft):
 
     def decoder(self) -> Callable[[Pairs, Tensor, AttentionStep], Tensor]:
         """The head's forward without gradients, with its weights as they lie now; its modules', where they are more
-        than weights."""
-        if self._small is not None:
-            return self._small
-        return self.head if self.why_not() else self.fused()
+        than weights.
+
+        Raises:
+            ValueError: they are, and the draft reads copies of 8 bits.
+        """
+        if self._small is None:
+            return self.head if self.why_not() else self.fused()
+        self._check_small()
+        return self._small
+
+    def _check_small(self) -> None:
+        """Raises a ValueError unless copies of the weights are all that the head's forward is."""
+        if reason := self.why_not():
+            raise ValueError(f"{self.kind} e4m3: {reason}")
 
     def why_not(self) -> str | None:
         """What keeps the kernels from the head's forward, as "name: expected X, got Y"; None: nothing."""

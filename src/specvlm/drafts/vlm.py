@@ -34,7 +34,7 @@ from specvlm.targets.hf import FAMILIES, picture_tensors
 from specvlm.targets.hf_attention import AttentionStep, head_size, refuse_unsupported, run_language
 from specvlm.targets.hf_loading import load_whole, reading
 from specvlm.targets.llama import LlamaDecoder, why_not
-from specvlm.targets.llama_layers import through
+from specvlm.targets.llama_layers import hooks_why_not, through
 from specvlm.tree import Beam, DraftTree, Plan, chain_ancestors
 
 TEXT_FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -93,6 +93,7 @@ class VLMDraft:
         self.shares_tower = False
         self._language = model.model.language_model if self.sees else model.model
         self._decoder: LlamaDecoder | None = None
+        self._laid: tuple[Any, ...] | None = None
         self._compared: PreTrainedModel | None = None
         self._place: tuple[torch.device, torch.dtype] | None = None
         try:
@@ -136,9 +137,11 @@ class VLMDraft:
             if self.sees:
                 _check_pictures(self.model, target.model)
             self._move(*place)
-            self._decoder = _decoder(self._language)
             self.shares_tower = self.sees and _same_tower(self.model, target.model)
             self._compared = target.model
+        if self._laid != _laid(self._language):  # its weights have moved, or are no longer all that it is
+            self._decoder = _decoder(self._language)
+            self._laid = _laid(self._language)
         self.target = target
         self.vocabulary = None if size == spec.vocab_size else torch.arange(size, device=spec.device)
         self.exclude = torch.tensor(sorted(spec.media_ids), dtype=torch.int64, device=spec.device)
@@ -153,7 +156,8 @@ class VLMDraft:
     @property
     def recording(self) -> Hashable:
         """What a recording of its forwards depends on; None: transformers' modeling code may look at the host."""
-        if self._decoder is None or type(self.model.lm_head) is not nn.Linear:
+        head = self.model.lm_head
+        if self._decoder is None or type(head) is not nn.Linear or hooks_why_not(head, "lm_head"):
             return None
         held = (*self.model.parameters(), *self._decoder.tables, self.exclude)
         vocabulary = None if self.vocabulary is None else self.vocabulary.data_ptr()
@@ -288,6 +292,11 @@ def _decoder(language: PreTrainedModel) -> LlamaDecoder | None:
         return LlamaDecoder(language)
     except ValueError:  # rotations that are no table's
         return None
+
+
+def _laid(language: PreTrainedModel) -> tuple[Any, ...]:
+    """What keeps the own decoder from a language model, and where its weights lie: what a decoder was made of."""
+    return why_not(language), *(parameter.data_ptr() for parameter in language.parameters())
 
 
 def _tokenizer(folder: Path) -> Any | None:

@@ -102,7 +102,7 @@ class LlamaTarget(HFTarget):
         self._recorder = recorder
         # Of each slab, whose addresses its recordings hold; with it they go.
         self._desks: MutableMapping[Tensor, RecordingDesk] = WeakIdKeyDictionary()
-        if reason := why_not(self._language):
+        if reason := why_not(self._language) or hooks_why_not(model.lm_head, "the output head"):
             raise ValueError(f"own decoder: {reason}")
         self._decoder = LlamaDecoder(self._language)
         error = self._disagreement()

@@ -24,7 +24,7 @@ from specvlm_kernels import (
     rotary_write_kv,
 )
 from specvlm_kernels.decoder_linear import FEW_ROWS
-from specvlm_kernels.fp8 import quantize_rows
+from specvlm_kernels.fp8 import dequantized_rows, quantize_rows
 
 #: Whose hooks look on and change nothing: transformers leaves them where it was once asked for hidden states.
 CAPTURING: Final = "transformers.utils.output_capturing"
@@ -46,12 +46,12 @@ class Weight:
     scale: Tensor | None = None
 
     def quantized(self) -> "Weight":
-        """The same in e4m3, with a scale a row."""
-        return Weight(*quantize_rows(self.values))
+        """The same in e4m3, with a scale a row; itself, if it is."""
+        return Weight(*quantize_rows(self.values)) if self.scale is None else self
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The numbers that it stands for, in `dtype`; of e4m3 a copy, which is worth it for many rows alone."""
-        return self.values if self.scale is None else (self.values.float() * self.scale[:, None]).to(dtype)
+        """The numbers that it stands for: of e4m3 a copy in `dtype`, which is worth it for many rows alone."""
+        return self.values if self.scale is None else dequantized_rows(self.values, self.scale, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,9 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def through(module: nn.Module, x: Tensor) -> Tensor:
-    """A module's output [..., N] of [..., K]; of a linear layer for few rows, as `product` makes it."""
-    if torch.is_grad_enabled() or not is_few(x) or type(module) is not nn.Linear:
+    """A module's output [..., N] of [..., K]; of a linear layer that is no more than its weights, for few rows, as
+    `product` makes it."""
+    if torch.is_grad_enabled() or not is_few(x) or type(module) is not nn.Linear or hooks_why_not(module, "it"):
         return module(x)
     return linear(x, module.weight, module.bias)
 
